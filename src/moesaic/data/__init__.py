@@ -1,0 +1,16 @@
+"""Text, tokens and batches. Nothing here imports a model, and torch only where tensors are made."""
+
+from moesaic.data.corpora import Corpus, DataOptions, Document, open_corpus
+from moesaic.data.pretrain import TokenStore, prepare
+from moesaic.data.tokenizers import StreamDecoder, Tokenizer
+
+__all__ = [
+    "Corpus",
+    "DataOptions",
+    "Document",
+    "StreamDecoder",
+    "TokenStore",
+    "Tokenizer",
+    "open_corpus",
+    "prepare",
+]

@@ -1,0 +1,170 @@
+"""Load what was trained, and use it: logits, text, routing.
+
+Shape legend: B batch, T positions, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moesaic.config import validate
+from moesaic.data.tokenizers import StreamDecoder, Tokenizer
+from moesaic.errors import CheckpointError, RecipeError
+from moesaic.generate import SampleOptions, stream
+from moesaic.model.config import ModelConfig
+from moesaic.model.transformer import LanguageModel
+from moesaic.routing import Routing
+from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint
+
+
+@dataclass(frozen=True)
+class LM:
+    """A model with its tokenizer. ``path`` is the directory that was read."""
+
+    config: ModelConfig
+    model: LanguageModel
+    tokenizer: Tokenizer
+    path: Path
+
+    @torch.inference_mode()
+    def logits(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Next-token logits, float32 [B, T, V]. ``attention_mask`` [B, T] is 0 at padding."""
+        output = self.model(self._to_device(ids_BT), self._real(attention_mask))
+        assert output.logits_BTV is not None
+        return output.logits_BTV.float()
+
+    @torch.inference_mode()
+    def routing(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> list[Routing]:
+        """One Routing per sparse layer, for the B·T tokens in row order."""
+        return self.model(self._to_device(ids_BT), self._real(attention_mask), logits=False).routings
+
+    def generate(
+        self,
+        text_or_ids: str | Sequence[int] | Tensor,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """The continuation of a text (or of its ids) as text, without the prompt.
+
+        Temperature 0 is greedy. Ends before any of ``stop``, or at the tokenizer's end-of-text.
+        Raises RecipeError for an empty prompt and DataError for characters the model cannot read.
+        """
+        return "".join(
+            self.stream(text_or_ids, max_new_tokens, temperature, seed, top_k, top_p, stop)
+        )
+
+    def stream(
+        self,
+        text_or_ids: str | Sequence[int] | Tensor,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """``generate``, piece by piece. A piece never ends inside a character, and no piece holds
+        the beginning of a stop text that then follows."""
+        ids_BT = self.ids(text_or_ids)
+        options = SampleOptions(temperature=temperature, seed=seed, top_k=top_k, top_p=top_p)
+        decoder, held = StreamDecoder(self.tokenizer), ""
+        for next_B in stream(self.model, ids_BT, max_new_tokens, options):
+            token = int(next_B[0])
+            if token == self.tokenizer.eos_id:
+                break
+            held += decoder.push(token)
+            found = [held.find(text) for text in stop if text and text in held]
+            if found:
+                yield held[: min(found)]
+                return
+            ready = len(held) - _open_end(held, stop)
+            if ready:
+                yield held[:ready]
+                held = held[ready:]
+        rest = held + decoder.flush()
+        if rest:
+            yield rest
+
+    def ids(self, text_or_ids: str | Sequence[int] | Tensor) -> Tensor:
+        """A prompt as ids, int64 [1, T]."""
+        if isinstance(text_or_ids, Tensor):
+            ids_BT = text_or_ids.long().reshape(-1, text_or_ids.shape[-1])
+        else:
+            ids = self.tokenizer.encode(text_or_ids).tolist() if isinstance(text_or_ids, str) else text_or_ids
+            ids_BT = torch.tensor([list(ids)], dtype=torch.int64)
+        if ids_BT.shape[1] == 0:
+            raise RecipeError("the prompt is empty; give at least one character")
+        if ids_BT.shape[0] != 1:
+            raise RecipeError("generate takes one sequence; use moesaic.generate.stream for a batch")
+        return self._to_device(ids_BT)
+
+    def _to_device(self, ids_BT: Tensor) -> Tensor:
+        return ids_BT.to(self.model.lm_head.weight.device)
+
+    def _real(self, attention_mask: Tensor | None) -> Tensor | None:
+        return None if attention_mask is None else self._to_device(attention_mask).bool()
+
+
+def load(directory: str | Path, device: str = "cpu") -> LM:
+    """Open a run directory, one of its checkpoints, or its ``model`` folder; checksums verified.
+
+    Of a run directory, the finished ``model`` is taken unless a newer checkpoint exists. Raises
+    CheckpointError (exit 4) naming the damaged file, RecipeError for a path that holds no model.
+    """
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise RecipeError(f"{path}: no such directory")
+    path, contents = _find(path)
+    try:
+        described = contents.json["moesaic.json"]
+        tensors = contents.tensors["model.safetensors"]
+        contents.files["tokenizer.json"]
+    except KeyError as missing:
+        raise CheckpointError(f"{path}: is no moesaic model (no {missing.args[0]})") from None
+    config = validate(ModelConfig, described["model"], where=str(path / "moesaic.json"))
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    model.to_empty(device=device)
+    if config.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+        tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise CheckpointError(f"{path}: model.safetensors does not fit moesaic.json: {reason}") from None
+    return LM(config, model.eval(), Tokenizer.load(path / "tokenizer.json"), path)
+
+
+def _find(path: Path) -> tuple[Path, Contents]:
+    """The model directory inside ``path`` that is furthest trained, read and verified."""
+    if (path / "manifest.json").exists():
+        return path, read_checkpoint(path)
+    if not (path / "recipe.toml").exists():
+        raise RecipeError(f"{path}: holds no moesaic run and no model")
+    notes: list[str] = []
+    newest = newest_valid(path, notes.append)
+    finished = path / "model"
+    if finished.is_dir():
+        contents = read_checkpoint(finished)
+        if newest is None or int(newest.name.rpartition("-")[2]) <= contents.json["moesaic.json"]["step"]:
+            return finished, contents
+    if newest is None:
+        raise RecipeError(f"{path}: this run has saved no checkpoint yet")
+    return newest, read_checkpoint(newest)
+
+
+def _open_end(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of ``text`` could begin one of ``stop``."""
+    longest = max((len(s) for s in stop), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-size:]) for s in stop):
+            return size
+    return 0

@@ -1,0 +1,92 @@
+"""What machine this is: versions, threads, memory, and its measured speed."""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+
+def describe() -> dict[str, Any]:
+    """Versions and hardware, for env.json and ``moesaic env``; nothing secret, no user or host name."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    packages = {}
+    for name in ("moesaic", "torch", "numpy", "safetensors", "tokenizers", "pydantic", "transformers", "mlflow"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": packages,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    memory = total_memory()
+    if memory is not None:
+        facts["memory_bytes"] = memory
+    return facts
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 2048, device: str = "cpu") -> float:
+    """Median of five products of two size³ matrices, in floating-point operations per second."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.mm(a, b)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def read_bandwidth(size: int = 2**28, device: str = "cpu") -> float:
+    """Median rate of summing ``size`` float32 numbers (1 GiB), in bytes per second."""
+    data = torch.ones(size, device=device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 4 * size / statistics.median(seconds)
+
+
+def total_memory() -> int | None:
+    """Bytes of main memory, or None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes (0 where the system does not say)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,208 @@
+"""Causal self-attention: multi-head or grouped-query, RoPE, QK-norm, and the key-value cache.
+
+Shape legend: B batch, T positions of this call, S positions with the cache, D width,
+N query heads, M key-value heads, H head size.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from moesaic.config import Options
+
+
+class RopeScaling(Options):
+    """Frequency scaling for longer contexts; ``llama3`` is the one of Llama 3.1 (its config.json)."""
+
+    rope_type: Literal["llama3"] = "llama3"
+    factor: float = Field(8.0, ge=1)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_max_position_embeddings: int = Field(8192, ge=1)
+
+
+class AttentionOptions(Options):
+    """Shape and variants of the attention of every layer.
+
+    ``qk_norm``: ``head`` normalises each head's vector (Qwen3), ``full`` the whole projected
+    vector before it is split into heads (OLMoE). ``scale``: scores are divided by the root of the
+    ``head`` size (Vaswani et al. 2017), or of the ``width`` as makeMoE's published code does.
+    """
+
+    heads: int = Field(8, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=1)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    scale: Literal["head", "width"] = "head"
+    rope_theta: float = Field(10_000.0, gt=1)
+    rope_scaling: RopeScaling | None = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    def head_size(self, width: int) -> int:
+        return self.head_dim or width // self.heads
+
+    def parameters(self, width: int) -> int:
+        """Trainable parameters of one layer's attention, norms on queries and keys included."""
+        size = self.head_size(width)
+        q, kv = self.heads * size, self.num_kv_heads * size
+        total = width * (q + 2 * kv) + q * width
+        total += (q + 2 * kv if self.qkv_bias else 0) + (width if self.out_bias else 0)
+        norm = {"none": 0, "head": 2 * size, "full": q + kv}[self.qk_norm]
+        return total + norm
+
+
+class KVCache:
+    """Keys and values of the positions already seen, for every layer; filled in place.
+
+    ``real_BS`` marks padding for batches of unequal prompts. ``length`` positions are filled; the
+    model advances it once per call, after all layers have written theirs.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (layers, batch, kv_heads, capacity, head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.real_BS = torch.ones(batch, capacity, dtype=torch.bool, device=device)
+        self.padded = False
+        self.length = 0
+        self.capacity = capacity
+
+    def append(self, layer: int, k_BMTH: Tensor, v_BMTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this call's keys and values; returns all so far, [B, M, S, H] each."""
+        end = self.length + k_BMTH.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, {end} are needed")
+        self.keys[layer, :, :, self.length : end] = k_BMTH
+        self.values[layer, :, :, self.length : end] = v_BMTH
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """One layer's attention. Parameters have Hugging Face names (``self_attn.q_proj`` …)."""
+
+    def __init__(self, options: AttentionOptions, width: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.options = options
+        self.head_dim = size = options.head_size(width)
+        self.num_heads, self.num_kv_heads = options.heads, options.num_kv_heads
+        self.scale = (width if options.scale == "width" else size) ** -0.5
+        self.dropout = dropout
+        self.q_proj = nn.Linear(width, self.num_heads * size, options.qkv_bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * size, options.qkv_bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * size, options.qkv_bias)
+        self.o_proj = nn.Linear(self.num_heads * size, width, options.out_bias)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if options.qk_norm != "none":
+            whole = options.qk_norm == "full"
+            self.q_norm = nn.RMSNorm(self.num_heads * size if whole else size, eps=eps)
+            self.k_norm = nn.RMSNorm(self.num_kv_heads * size if whole else size, eps=eps)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        allowed_BTS: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """``rope`` holds cosine and sine, [B or 1, T, H]; ``allowed_BTS`` is None for plain causal."""
+        B, T, _ = x_BTD.shape
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.q_norm is not None and self.k_norm is not None and self.options.qk_norm == "full":
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q_BNTH = q.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+        k_BMTH = k.view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v_BMTH = v.view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None and self.options.qk_norm == "head":
+            q_BNTH, k_BMTH = self.q_norm(q_BNTH).to(v.dtype), self.k_norm(k_BMTH).to(v.dtype)
+        if rope is not None:
+            q_BNTH, k_BMTH = rotate(q_BNTH, *rope), rotate(k_BMTH, *rope)
+        if cache is not None:
+            k_BMTH, v_BMTH = cache.append(layer, k_BMTH, v_BMTH)
+        y_BNTH = F.scaled_dot_product_attention(
+            q_BNTH,
+            k_BMTH,
+            v_BMTH,
+            attn_mask=None if allowed_BTS is None else allowed_BTS[:, None],
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=allowed_BTS is None and T > 1,
+            scale=self.scale,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        y_BTD: Tensor = self.o_proj(y_BNTH.transpose(1, 2).reshape(B, T, -1))
+        return F.dropout(y_BTD, self.dropout, self.training)
+
+
+def allowed_keys(
+    T: int, cache: KVCache | None, real_BS: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which keys each query may see, bool [B or 1, T, S]; None where plain causal attention will do.
+
+    A padding query sees itself, so that its softmax is over something; nothing reads its output.
+    """
+    start = 0 if cache is None else cache.length
+    if real_BS is None and (start == 0 or T == 1):
+        return None
+    query = torch.arange(start, start + T, device=device)[:, None]
+    key = torch.arange(start + T, device=device)[None, :]
+    allowed = (key <= query)[None]
+    if real_BS is None:
+        return allowed
+    return (allowed & real_BS[:, None, :]) | (key == query)[None]
+
+
+def rope_frequencies(options: AttentionOptions, head_dim: int) -> Tensor:
+    """Radians per position of each rotated pair, float32 [H/2] (RoFormer, arXiv 2104.09864, eq. 15).
+
+    ``llama3`` scaling: wavelengths longer than original/low_freq_factor are stretched by
+    ``factor``, those shorter than original/high_freq_factor are kept, and between is a ramp.
+    """
+    frequency = options.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    scaling = options.rope_scaling
+    if scaling is None:
+        return frequency
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = ramp.clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
+
+
+class Rope:
+    """Cosines and sines of positions. Not a module: its numbers follow from the options, so they
+    belong to no checkpoint, and a model that is built without storage (on ``meta``) has them."""
+
+    def __init__(self, options: AttentionOptions, head_dim: int) -> None:
+        self.options, self.head_dim = options, head_dim
+
+    def __call__(self, position_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [B, T, H] of int64 positions; angles are computed in float32."""
+        frequency = rope_frequencies(self.options, self.head_dim).to(position_BT.device)
+        angle_BTP = position_BT[..., None].float() * frequency
+        angle_BTH = torch.cat([angle_BTP, angle_BTP], dim=-1)
+        return angle_BTH.cos(), angle_BTH.sin()
+
+
+def rotate(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
+    """Rotate pairs (i, i + H/2), Hugging Face's convention for Llama."""
+    first, second = x_BNTH.chunk(2, dim=-1)
+    swapped = torch.cat([-second, first], dim=-1)
+    return x_BNTH * cos_BTH[:, None].to(x_BNTH.dtype) + swapped * sin_BTH[:, None].to(x_BNTH.dtype)

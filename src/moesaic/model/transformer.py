@@ -1,0 +1,161 @@
+"""The decoder: token ids in, hidden states or logits and one routing per sparse layer out.
+
+Parameters carry Hugging Face names. No loss, optimizer, sampling or process group lives here.
+
+Shape legend: B batch, T positions of this call, S positions with the cache, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.model.attention import Attention, KVCache, Rope, allowed_keys
+from moesaic.model.config import ModelConfig
+from moesaic.model.experts import FeedForward
+from moesaic.model.init import initialise
+from moesaic.model.moe import MoE
+from moesaic.routing import Routing
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one call returns: final hidden states [B, T, D] after the last norm, logits [B, T, V]
+    in the model's dtype unless they were not asked for, and one Routing per sparse layer, in order."""
+
+    hidden_BTD: Tensor
+    logits_BTV: Tensor | None
+    routings: list[Routing]
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then a pre-norm feed-forward network, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.input_layernorm = _norm(config)
+        self.self_attn = Attention(config.attention, config.width, config.norm_eps, config.dropout)
+        self.post_attention_layernorm = _norm(config)
+        self.mlp: MoE | FeedForward
+        if config.is_moe(layer):
+            self.mlp = MoE(config.router, config.experts, config.width, config.dropout)
+        else:
+            self.mlp = FeedForward(config.ffn, config.width)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        allowed_BTS: Tensor | None,
+        real_T: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, allowed_BTS, cache, self.layer)
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            y_TD, routing = self.mlp(h_BTD.flatten(0, 1), real_T)
+            return x_BTD + y_TD.view_as(x_BTD).to(x_BTD.dtype), routing
+        return x_BTD + F.dropout(self.mlp(h_BTD), self.dropout, self.training), None
+
+
+class Decoder(nn.Module):
+    """Embeddings, blocks and the final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.embed_positions: nn.Embedding | None = None
+        if config.position == "learned":
+            self.embed_positions = nn.Embedding(config.context, config.width)
+        self.rope = Rope(config.attention, config.attention.head_size(config.width)) if config.position == "rope" else None
+        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.layers)])
+        self.norm = _norm(config)
+
+    def forward(
+        self, ids_BT: Tensor, real_BT: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, list[Routing]]:
+        T = ids_BT.shape[1]
+        start = 0 if cache is None else cache.length
+        real_BS = _real_with_cache(real_BT, cache, start, T)
+        if real_BS is None:
+            position_BT = torch.arange(start, start + T, device=ids_BT.device)[None]
+        else:  # a padded row's first real token is its position 0
+            position_BT = (real_BS.cumsum(1) - 1).clamp(min=0)[:, start:]
+        x_BTD = self.embed_tokens(ids_BT)
+        if self.embed_positions is not None:
+            x_BTD = x_BTD + self.embed_positions(position_BT)
+        rope = None if self.rope is None else self.rope(position_BT)
+        allowed_BTS = allowed_keys(T, cache, real_BS, ids_BT.device)
+        real_T = None if real_BT is None else real_BT.flatten()
+        routings = []
+        for block in self.layers:
+            x_BTD, routing = block(x_BTD, rope, allowed_BTS, real_T, cache)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x_BTD), routings
+
+
+class LanguageModel(nn.Module):
+    """A decoder with its output head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.width, config.vocabulary, config.head_bias)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if self.lm_head.weight.device.type != "meta":
+            initialise(self, config.init)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        real_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        logits: bool = True,
+    ) -> Output:
+        """Run the model on token ids, int64 [B, T].
+
+        ``real_BT`` is False at padding, on either side; None means no padding. With a cache the ids
+        continue what it holds. ``logits=False`` leaves the head to the caller (a chunked loss).
+        Raises ValueError for more positions than ``config.context`` with learned positions.
+        """
+        if self.config.position == "learned":
+            end = ids_BT.shape[1] + (0 if cache is None else cache.length)
+            if end > self.config.context:
+                raise ValueError(f"{end} positions, but the model has learned {self.config.context}")
+        hidden_BTD, routings = self.model(ids_BT, real_BT, cache)
+        return Output(hidden_BTD, self.lm_head(hidden_BTD) if logits else None, routings)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty key-value cache for ``batch`` sequences of up to ``capacity`` positions."""
+        attention, weight = self.config.attention, self.model.embed_tokens.weight
+        head_dim = attention.head_size(self.config.width)
+        return KVCache(
+            self.config.layers, batch, capacity, attention.num_kv_heads, head_dim, weight.device, weight.dtype
+        )
+
+    def moe_modules(self) -> list[MoE]:
+        """The sparse layers in the order of ``Output.routings``."""
+        return [m for m in self.modules() if isinstance(m, MoE)]
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(config.width, eps=config.norm_eps)
+
+
+def _real_with_cache(real_BT: Tensor | None, cache: KVCache | None, start: int, T: int) -> Tensor | None:
+    """The padding mask over cached and new positions, bool [B, S]; None where nothing is padding."""
+    if cache is None:
+        return real_BT
+    if real_BT is not None:
+        cache.real_BS[:, start : start + T] = real_BT
+        cache.padded = cache.padded or not bool(real_BT.all())
+    return cache.real_BS[:, : start + T] if cache.padded else None

@@ -1,0 +1,85 @@
+"""Routing: the one value that says which token went to which expert.
+
+Losses, the router-bias update, the metrics, the analysis and every picture read this value;
+no module keeps a counter of its own.
+
+Shape legend: T tokens (batch and positions flattened), E experts, K choices per token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision of one router for the T tokens of one call.
+
+    Attributes:
+        weight_TK: gate weight of each choice, float32. Only entries kept by ``keep_TK`` are used.
+        expert_TK: chosen expert of each choice, int64 in [0, E). In descending weight for routers
+            where tokens choose; column e is expert e where experts choose (then K = E).
+        keep_TK: whether the choice is carried out, bool. Capacity, a dynamic number of experts,
+            expert choice and padding all show here and nowhere else.
+        logits_TE: router logits before noise, bias and softmax, float32. The z-loss reads them.
+        probs_TE: the scores in [0, 1] that the router ranked by, float32. Each row of a softmax
+            router sums to 1. The balance loss and the entropy bonus read them.
+        wanted_TK: the choices before capacity was applied, bool. ``keep_TK`` implies it; what it
+            holds beyond ``keep_TK`` was dropped.
+        real_T: False where the token is padding, bool; None when every token is real.
+    """
+
+    weight_TK: Tensor
+    expert_TK: Tensor
+    keep_TK: Tensor
+    logits_TE: Tensor
+    probs_TE: Tensor
+    wanted_TK: Tensor
+    real_T: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits_TE.shape[1]
+
+    def counts_E(self, *, wanted: bool = False) -> Tensor:
+        """How many choices each expert carries out (or, with ``wanted``, was asked for); int64."""
+        chosen_TK = self.wanted_TK if wanted else self.keep_TK
+        return torch.bincount(self.expert_TK[chosen_TK], minlength=self.num_experts)
+
+    def real_tokens(self) -> int:
+        return self.expert_TK.shape[0] if self.real_T is None else int(self.real_T.sum())
+
+    def dropped_share(self) -> float:
+        """Share of the wanted choices that capacity dropped, in [0, 1]."""
+        wanted = int(self.wanted_TK.sum())
+        return 1.0 - int(self.keep_TK.sum()) / wanted if wanted else 0.0
+
+    def detach(self) -> "Routing":
+        """The same decision without its autograd history."""
+        return Routing(
+            self.weight_TK.detach(),
+            self.expert_TK,
+            self.keep_TK,
+            self.logits_TE.detach(),
+            self.probs_TE.detach(),
+            self.wanted_TK,
+            self.real_T,
+        )
+
+
+def concatenate(parts: Sequence[Routing]) -> Routing:
+    """Join the routings of one router over several calls along the token axis."""
+    masks = [p.real_T for p in parts]
+    known = [
+        torch.ones(len(p.expert_TK), dtype=torch.bool, device=p.expert_TK.device) if m is None else m
+        for p, m in zip(parts, masks, strict=True)
+    ]
+    return Routing(
+        *(
+            torch.cat([getattr(p, name) for p in parts])
+            for name in ("weight_TK", "expert_TK", "keep_TK", "logits_TE", "probs_TE", "wanted_TK")
+        ),
+        real_T=None if all(m is None for m in masks) else torch.cat(known),
+    )

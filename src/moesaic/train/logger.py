@@ -1,0 +1,167 @@
+"""Where a run's numbers go: metrics.jsonl always, the terminal, and a tracker if asked for."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from moesaic.config import flatten
+from moesaic.errors import RecipeError
+from moesaic.machine import peak_memory
+from moesaic.train.recipe import Recipe
+
+
+class Tracker(Protocol):
+    """An outside experiment tracker. ``values`` are plain numbers."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardTracker:
+    """Event files in the run directory's ``tensorboard`` folder."""
+
+    def __init__(self, run: Path, recipe: Recipe) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise RecipeError("tracker = 'tensorboard' needs: pip install 'moesaic[track]'") from None
+        self.writer = SummaryWriter(str(run / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class MLflowTracker:
+    """Parameters and metrics as makeMoE logs them, in ``mlflow.db`` beside the run directories.
+
+    MLFLOW_TRACKING_URI, where set, decides instead. See them with
+    ``mlflow ui --backend-store-uri sqlite:///runs/mlflow.db``.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe) -> None:
+        try:
+            import mlflow
+        except ImportError:
+            raise RecipeError("tracker = 'mlflow' needs: pip install 'moesaic[track]'") from None
+        self.mlflow = mlflow
+        store = run.resolve().parent / "mlflow.db"
+        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{store}"))
+        mlflow.set_experiment(recipe.name)
+        known = run / "mlflow_run"
+        run_id = known.read_text().strip() if known.exists() else None
+        active = mlflow.start_run(run_id=run_id, run_name=run.name)
+        if run_id is None:
+            known.write_text(active.info.run_id + "\n")
+            params = {k: str(v)[:500] for k, v in flatten(recipe).items() if v is not None}
+            mlflow.log_params(params)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.mlflow.log_metrics({k.replace("/", "_"): v for k, v in values.items()}, step=step)
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+TRACKERS = {"tensorboard": TensorBoardTracker, "mlflow": MLflowTracker}
+
+
+class Logger:
+    """Writes rows to ``metrics.jsonl`` and the tracker, and shows progress on the terminal.
+
+    In a terminal one line is rewritten in place; in a pipe a plain line is printed at most every
+    ``plain_every`` seconds. NO_COLOR and TERM=dumb are honoured by rich.
+    """
+
+    plain_every = 10.0
+
+    def __init__(self, run: Path, recipe: Recipe, console: Console | None = None) -> None:
+        self.steps = recipe.train.steps
+        self.console = console or Console(file=sys.stderr)
+        self.run = run
+        self.files: dict[str, IO[str]] = {}
+        self.tracker: Tracker | None = None
+        if recipe.tracker != "none":
+            self.tracker = TRACKERS[recipe.tracker](run, recipe)
+        self.live = Live(console=self.console, refresh_per_second=8, transient=True)
+        self.in_terminal = self.console.is_terminal and not self.console.is_dumb_terminal
+        if self.in_terminal:
+            self.live.start()
+        self.last_plain = 0.0
+        self.pace: list[tuple[float, int]] = []
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Append one row (``step``, ``split``, ``loss``, ``tokens``, ``time``, …)."""
+        self._append("metrics.jsonl", row)
+        if self.tracker is not None:
+            split = row["split"]
+            numbers = {f"{split}_{k}": float(v) for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+            self.tracker.log(row["step"], numbers)
+
+    def load(self, row: Mapping[str, Any]) -> None:
+        """Append one row of expert loads to the side file ``load.jsonl``."""
+        self._append("load.jsonl", row)
+
+    def progress(self, step: int, loss: float, tokens_per_second: float, balance: float | None) -> None:
+        """Show where training is. Cheap enough for every step."""
+        now = time.monotonic()
+        self.pace = [*self.pace[-49:], (now, step)]
+        due = step == self.steps or now - self.last_plain >= self.plain_every
+        if not (self.in_terminal or due):
+            return
+        (then, first), (last, latest) = self.pace[0], self.pace[-1]
+        eta = (last - then) / (latest - first) * (self.steps - step) if latest > first else 0.0
+        parts = [
+            f"step {step}/{self.steps}",
+            f"loss {loss:.4f}",
+            f"{tokens_per_second:,.0f} tokens/s",
+            f"ETA {_clock(eta)}",
+            f"{peak_memory() / 2**20:,.0f} MB",
+        ]
+        if balance is not None:
+            parts.append(f"balance {balance:.2f}")
+        line = "  ".join(parts)
+        if self.in_terminal:
+            self.live.update(Text(line, style="cyan"))
+        else:
+            self.last_plain = now
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress line. The text is not markup."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def close(self) -> None:
+        if self.in_terminal:
+            self.live.stop()
+        for file in self.files.values():
+            file.close()
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        # Opened at the first row: before that, a resumed run cuts its logs back.
+        file = self.files.get(name)
+        if file is None:
+            file = self.files[name] = (self.run / name).open("a", encoding="utf-8")
+        file.write(json.dumps(dict(row)) + "\n")
+        file.flush()
+
+
+def _clock(seconds: float) -> str:
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"

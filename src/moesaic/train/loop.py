@@ -1,0 +1,287 @@
+"""The one training loop."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from moesaic.analysis.evaluate import Evaluation, evaluate
+from moesaic.analysis.plots import load_heatmap, loss_curve, specialisation_heatmap
+from moesaic.analysis.routing import counts_per_layer, dropped_share, specialisation, summarise_load
+from moesaic.errors import DivergedError, RecipeError, ResourceError, Stopped
+from moesaic.files import RunLock
+from moesaic.generate import SampleOptions, stream
+from moesaic.train.interrupt import Interrupt
+from moesaic.train.logger import Logger
+from moesaic.train.objectives import Loss
+from moesaic.train.optim import schedule_factor, set_learning_rate
+from moesaic.train.recipe import Recipe
+from moesaic.train.rundir import check_same_run, choose_directory, create, cut_rows, read_rows, stored_recipe
+from moesaic.train.session import Progress, Session, build_session, step_seed
+from moesaic.weights.checkpoint import newest_valid, save, write_checkpoint
+
+# A run that must pass over more batches than this is not having bad luck.
+_MOST_PASSED_OVER = 20
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Run a recipe to its end and return the run directory.
+
+    Raises Stopped after SIGINT or SIGTERM with everything saved, DivergedError at a loss that is
+    not finite (see ``train.on_nan``), and the errors of each part for bad input. Resuming repeats
+    nothing and changes nothing: on CPU the weights are bit-identical to an undisturbed run's.
+    """
+    run = choose_directory(recipe, resume)
+    if resume:
+        check_same_run(stored_recipe(run), recipe, run)
+    _make_directory(run)
+    with RunLock(run), Interrupt() as interrupt:
+        create(run, recipe)
+        log = Logger(run, recipe, console)
+        try:
+            session = build_session(recipe, log.say)
+            progress = _start(session, run, log)
+            _loop(session, progress, run, log, interrupt)
+            _finish(session, progress, run, log)
+        finally:
+            log.close()
+    return run
+
+
+def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrupt: Interrupt) -> None:
+    recipe, options = session.recipe, session.recipe.train
+    meter = _Meter()
+    while progress.step < options.steps:
+        step = progress.step + 1
+        started = time.perf_counter()
+
+        # ---- one step ---------------------------------------------------------------------------
+        if step not in progress.passed_over:
+            set_learning_rate(session.optimizers, schedule_factor(recipe.schedule, step, options.steps))
+            loss, norm = train_step(session, step)
+            if norm is None:
+                progress = _not_finite(session, progress, step, loss, run, log)
+                continue
+            meter.add(loss, norm, time.perf_counter() - started)
+        progress.step = step
+        progress.tokens += options.batch_size * options.seq_len
+        progress.seconds += time.perf_counter() - started
+        # -----------------------------------------------------------------------------------------
+
+        last = step == options.steps
+        if meter.losses and (step % options.log_every == 0 or last):
+            row = meter.row(session, progress)
+            meter = _Meter()
+            log.row(row)
+            log.progress(step, row["loss"], row["tokens_per_second"], row.get("balance"))
+        if step % recipe.eval.every == 0 or last:
+            _evaluate(session, progress, log)
+        if step % recipe.checkpoint.every == 0 or last or interrupt.requested:
+            _save(session, progress, run, log)
+        if interrupt.requested and not last:
+            raise Stopped(f"stopped after step {step} and saved; continue with --resume out={run}")
+
+
+def train_step(session: Session, step: int) -> tuple[list[Loss], float | None]:
+    """Forward, backward and update; the gradient's norm, or None where something is not finite.
+
+    Nothing is updated then, so the weights are still those of the step before.
+    """
+    options = session.recipe.train
+    session.model.train()
+    losses = []
+    for part, batch in enumerate(session.micro_batches(step)):
+        torch.manual_seed(step_seed(session.recipe.seed, step, part))
+        with session.precision():
+            loss = session.objective(session.model, batch)
+        losses.append(loss)
+        if not torch.isfinite(loss.total):
+            _clear_gradients(session)
+            return losses, None
+        (loss.total / options.accumulate).backward()
+    gradients = [p.grad for p in session.trainable if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        _clear_gradients(session)
+        return losses, None
+    if options.clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(session.trainable, options.clip, norm)
+    for optimizer in session.optimizers:
+        optimizer.step()
+    _clear_gradients(session)
+    _after_step(session, losses)
+    return losses, float(norm)
+
+
+def _after_step(session: Session, losses: list[Loss]) -> None:
+    """Tell each router what its experts were asked for, over the whole batch."""
+    for index, layer in enumerate(session.model.moe_modules()):
+        routings = [loss.routings[index] for loss in losses]
+        layer.gate.after_step(torch.stack([r.counts_E(wanted=True) for r in routings]).sum(0))
+
+
+def _clear_gradients(session: Session) -> None:
+    for optimizer in session.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _not_finite(
+    session: Session, progress: Progress, step: int, losses: list[Loss], run: Path, log: Logger
+) -> Progress:
+    """What ``train.on_nan`` says: raise, pass over this batch, or go back and pass over it."""
+    value = losses[-1].total.item()
+    what = f"step {step}: the loss or its gradient is not finite (loss {value}, part {len(losses)} of the batch)"
+    policy = session.recipe.train.on_nan
+    if policy == "stop":
+        raise DivergedError(
+            f"{what}; the weights of step {progress.step} are untouched and the newest checkpoint in {run} is "
+            "good; lower optim.lr, set train.clip, or set train.on_nan to 'skip' or 'rollback'"
+        )
+    if len(progress.passed_over) >= _MOST_PASSED_OVER:
+        raise DivergedError(f"{what}; {_MOST_PASSED_OVER} batches were passed over before it")
+    log.row({"step": step, "split": "skipped", "loss": None, "tokens": progress.tokens, "time": progress.seconds})
+    passed_over = [*progress.passed_over, step]
+    if policy == "rollback":
+        checkpoint = newest_valid(run, log.say)
+        if checkpoint is None:
+            raise DivergedError(f"{what}; there is no checkpoint yet to roll back to")
+        progress = session.restore(checkpoint)
+        log.say(f"{what}; rolled back to step {progress.step}, will pass over that batch")
+    else:
+        log.say(f"{what}; passed over")
+    progress.passed_over = passed_over
+    return progress
+
+
+def _evaluate(session: Session, progress: Progress, log: Logger) -> Evaluation:
+    started = time.perf_counter()
+    seq_len = session.recipe.train.seq_len
+    result = evaluate(session.model, session.store, session.eval_batch_size(), seq_len, session.precision)
+    progress.seconds += time.perf_counter() - started
+    row: dict[str, Any] = {
+        "step": progress.step,
+        "split": "val",
+        "loss": result.loss,
+        "tokens": progress.tokens,
+        "time": progress.seconds,
+    }
+    said = f"step {progress.step}: held-out loss {result.loss:.4f} after {progress.seconds:.1f} s"
+    if len(result.domains) > 1:
+        row |= {f"loss/{d.domain}": d.loss for d in result.domains}
+        said += "  (" + ", ".join(f"{d.domain} {d.loss:.3f}" for d in result.domains) + ")"
+    if session.model.config.moe_layers:
+        load = summarise_load(result.counts_LE())
+        row |= {"balance": load.balance, "dead": load.dead_share, "load_entropy": load.entropy}
+        counts = {d.domain: d.counts_LE.tolist() for d in result.domains}
+        log.load({"step": progress.step, "layers": session.model.config.moe_layers, "counts": counts})
+    log.row(row)
+    log.say(said)
+    if session.recipe.eval.sample and progress.step < session.recipe.train.steps:
+        log.say(_indent(sample_text(session, session.recipe.eval.sample)))
+    return result
+
+
+def sample_text(session: Session, tokens: int) -> str:
+    """A sample after ``eval.prompt`` (by default the first token of the validation part)."""
+    tokenizer, prompt = session.store.tokenizer, session.recipe.eval.prompt
+    if prompt is not None:
+        ids = torch.tensor([tokenizer.encode(prompt).tolist()], device=session.device)
+    else:
+        first, _ = next(iter(session.store.validation(1, 1)))
+        ids = first[:1].to(session.device)
+    options = SampleOptions(temperature=0.8, seed=session.recipe.seed)
+    with session.precision():
+        new = [int(token) for token in stream(session.model, ids, tokens, options)]
+    return tokenizer.decode([*ids[0].tolist(), *new])
+
+
+def _start(session: Session, run: Path, log: Logger) -> Progress:
+    """Go to the newest valid checkpoint, and cut the logs back to it."""
+    checkpoint = newest_valid(run, log.say)
+    progress = Progress() if checkpoint is None else session.restore(checkpoint)
+    for name in ("metrics.jsonl", "load.jsonl"):
+        cut_rows(run / name, progress.step)
+    counts = session.model.config.parameters()
+    size = f"{counts.total:,} parameters, {counts.active:,} active per token"
+    if checkpoint is not None:
+        log.say(f"{run}: continues at step {progress.step} of {session.recipe.train.steps}; {size}")
+    else:
+        log.say(f"{run}: {size}; {session.store.train_tokens:,} training tokens")
+    return progress
+
+
+def _save(session: Session, progress: Progress, run: Path, log: Logger) -> None:
+    try:
+        save(run, progress.step, session.contents(progress), session.recipe.checkpoint.keep)
+    except ResourceError as error:
+        raise ResourceError(f"step {progress.step} could not be saved: {error}") from None
+
+
+def _finish(session: Session, progress: Progress, run: Path, log: Logger) -> None:
+    """The exportable model and the pictures."""
+    write_checkpoint(run / "model", session.exported(progress.step))
+    plots = run / "plots"
+    plots.mkdir(exist_ok=True)
+    rows = read_rows(run / "metrics.jsonl")
+    split = {name: [r for r in rows if r["split"] == name] for name in ("train", "val")}
+    loss_curve(split["train"], split["val"], plots / "loss.png")
+    loads = read_rows(run / "load.jsonl")
+    if loads:
+        layers, counts = loads[-1]["layers"], loads[-1]["counts"]
+        counts_LCE = torch.tensor([counts[domain] for domain in counts]).transpose(0, 1)
+        load_heatmap(counts_LCE.sum(1), layers, plots / "load.png")
+        if len(counts) > 1:
+            shares = torch.stack([specialisation(counts_CE) for counts_CE in counts_LCE])
+            specialisation_heatmap(shares, layers, list(counts), plots / "domains.png")
+
+
+class _Meter:
+    """Gathers steps until a row is due."""
+
+    def __init__(self) -> None:
+        self.losses: list[dict[str, Tensor]] = []
+        self.last: list[Loss] = []
+        self.norm, self.seconds, self.steps = 0.0, 0.0, 0
+
+    def add(self, losses: list[Loss], norm: float, seconds: float) -> None:
+        self.losses += [loss.parts for loss in losses]
+        self.last, self.norm = losses, norm
+        self.seconds += seconds
+        self.steps += 1
+
+    def row(self, session: Session, progress: Progress) -> dict[str, Any]:
+        """A row of metrics.jsonl: losses are means since the last row, the load is the last step's."""
+        options = session.recipe.train
+        parts = {k: torch.stack([p[k] for p in self.losses]).mean().item() for k in self.losses[0]}
+        row: dict[str, Any] = {
+            "step": progress.step,
+            "split": "train",
+            "loss": parts.pop("ce"),
+            "tokens": progress.tokens,
+            "time": progress.seconds,
+            "tokens_per_second": self.steps * options.batch_size * options.seq_len / self.seconds,
+            "lr": session.optimizers[-1].param_groups[0]["lr"],
+            "grad_norm": self.norm,
+            **parts,
+        }
+        if self.last[0].routings:
+            wanted_LE = torch.stack([counts_per_layer(loss.routings, wanted=True) for loss in self.last]).sum(0)
+            load = summarise_load(wanted_LE)
+            row |= {"balance": load.balance, "balance_layers": [round(b, 4) for b in load.balance_L]}
+            row |= {"dead": load.dead_share, "load_entropy": load.entropy}
+            row |= {"drop": dropped_share([r for loss in self.last for r in loss.routings])}
+        return row
+
+
+def _make_directory(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{run}: cannot be made ({error.strerror}); choose another out=DIR") from None
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())

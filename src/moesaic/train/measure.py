@@ -1,0 +1,143 @@
+"""What a recipe costs on this machine: parameters, memory, disk and time, from measured steps."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.analysis.evaluate import evaluate
+from moesaic.errors import DivergedError
+from moesaic.files import human_size
+from moesaic.generate import SampleOptions, stream
+from moesaic.machine import matmul_rate, peak_memory, read_bandwidth
+from moesaic.train.loop import train_step
+from moesaic.train.optim import optimizer_tensors, schedule_factor, set_learning_rate
+from moesaic.train.recipe import Recipe
+from moesaic.train.session import Session, build_session
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured on real steps of the recipe. Seconds, bytes, floating-point operations."""
+
+    parameters: int
+    active: int
+    step_seconds: float
+    tokens_per_step: int
+    flops_per_step: int
+    eval_seconds: float
+    total_seconds: float
+    state_bytes: int
+    checkpoint_bytes: int
+    peak_bytes: int
+    disk_bytes: int
+
+
+def measure(session: Session, repeats: int = 5) -> Cost:
+    """Take ``repeats`` real training steps (after two to warm up) and one evaluation batch.
+
+    The session's weights are changed by it. Raises DivergedError when a step is not finite.
+    """
+    recipe, options = session.recipe, session.recipe.train
+    seconds = []
+    for step in range(1, repeats + 3):
+        set_learning_rate(session.optimizers, schedule_factor(recipe.schedule, step, options.steps))
+        start = time.perf_counter()
+        _, norm = train_step(session, step)
+        seconds.append(time.perf_counter() - start)
+        if norm is None:
+            raise DivergedError(f"step {step} of the measurement: the loss is not finite; lower optim.lr")
+    step_seconds = statistics.median(seconds[2:])
+    eval_seconds = _eval_seconds(session)
+    weights = sum(p.numel() * p.elementhuman_size() for p in session.model.parameters())
+    gradients = sum(p.numel() * p.elementhuman_size() for p in session.trainable)
+    state = sum(
+        t.numel() * t.elementhuman_size() for t in optimizer_tensors(session.model, session.optimizers).values()
+    )
+    checkpoint = weights + state
+    counts = session.model.config.parameters()
+    tokens = options.batch_size * options.seq_len
+    evaluations = -(-options.steps // recipe.eval.every)
+    return Cost(
+        parameters=counts.total,
+        active=counts.active,
+        step_seconds=step_seconds,
+        tokens_per_step=tokens,
+        flops_per_step=3 * tokens * session.model.config.flops_per_token(options.seq_len),
+        eval_seconds=eval_seconds,
+        total_seconds=options.steps * step_seconds + evaluations * eval_seconds,
+        state_bytes=weights + gradients + state,
+        checkpoint_bytes=checkpoint,
+        peak_bytes=peak_memory(),
+        # While a checkpoint is written the ``keep`` before it still stand.
+        disk_bytes=(recipe.checkpoint.keep + 1) * checkpoint + weights,
+    )
+
+
+def dry_run(recipe: Recipe, say: Callable[[str], None]) -> list[tuple[str, str]]:
+    """Check everything a run needs, take real steps, and return (what, how much) rows to print.
+
+    Nothing is written to the run directory; the token cache is filled.
+    """
+    session = build_session(recipe, say)
+    cost = measure(session)
+    config = session.model.config
+    experts = config.experts.count * len(config.moe_layers)
+    return [
+        ("parameters", f"{cost.parameters:,} in all, {cost.active:,} active per token, {experts:,} experts"),
+        ("training tokens", f"{session.store.train_tokens:,} in {', '.join(session.store.domains)}"),
+        ("memory", f"{human_size(cost.state_bytes)} weights, gradients and optimizer; {human_size(cost.peak_bytes)} at the peak of a step"),
+        ("disk", f"{human_size(cost.disk_bytes)}, of it {human_size(cost.checkpoint_bytes)} per checkpoint"),
+        ("one step", f"{1000 * cost.step_seconds:.0f} ms, {cost.tokens_per_step / cost.step_seconds:,.0f} tokens/s, "
+                     f"{cost.flops_per_step / cost.step_seconds / 1e9:,.0f} GFLOP/s"),
+        ("one evaluation", f"{cost.eval_seconds:.1f} s"),
+        ("whole run", f"{_duration(cost.total_seconds)} for {recipe.train.steps:,} steps on {session.device}"),
+    ]  # fmt: skip
+
+
+def bench(recipe: Recipe, say: Callable[[str], None]) -> list[tuple[str, str]]:
+    """Training and decoding speed of a recipe beside the machine's own limits, from one run."""
+    session = build_session(recipe, say)
+    cost = measure(session, repeats=20)
+    bf16 = recipe.train.precision == "bf16"
+    rate = matmul_rate(torch.bfloat16 if bf16 else torch.float32, device=session.device)
+    achieved = cost.flops_per_step / cost.step_seconds
+    decode = _decode_rate(session)
+    weights = session.model.config.parameters().active * 4
+    bandwidth = read_bandwidth(device=session.device)
+    return [
+        ("machine", f"{rate / 1e9:,.0f} GFLOP/s ({'bf16' if bf16 else 'fp32'} 2048³), reads {bandwidth / 1e9:.1f} GB/s"),
+        ("training step", f"{1000 * cost.step_seconds:.1f} ms, {cost.tokens_per_step / cost.step_seconds:,.0f} tokens/s"),
+        ("", f"{achieved / 1e9:,.0f} GFLOP/s, {achieved / rate:.2f} of the machine's matmul rate"),
+        ("decoding", f"{decode:,.0f} tokens/s with the cache, one stream"),
+        ("", f"{decode * weights / bandwidth:.2f} of the machine's bandwidth over the active weights"),
+    ]  # fmt: skip
+
+
+def _decode_rate(session: Session, repeats: int = 5) -> float:
+    """Median greedy tokens per second inside the window, prefill of one token included."""
+    new = min(session.model.config.context - 1, 128)
+    prompt = torch.zeros(1, 1, dtype=torch.int64, device=session.device)
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        count = sum(1 for _ in stream(session.model, prompt, new, SampleOptions(temperature=0)))
+        rates.append(count / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def _eval_seconds(session: Session) -> float:
+    """Seconds of one whole evaluation, measured once."""
+    start = time.perf_counter()
+    evaluate(session.model, session.store, session.eval_batchhuman_size(), session.recipe.train.seq_len, session.precision)
+    return time.perf_counter() - start
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

@@ -1,0 +1,196 @@
+"""Optimizers and learning-rate schedules.
+
+Muon works on whole stacks of matrices at once: the experts of a layer, and matrices of one shape
+across layers, are orthogonalised in one batched product.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from moesaic.config import Options
+
+
+class OptimOptions(Options):
+    """One optimizer for all parameters, or Muon for the matrices and AdamW for the rest.
+
+    ``lr`` is AdamW's or RMSProp's; ``matrix_lr`` is Muon's, for the matrices inside blocks (not
+    embeddings, head, routers, norms or biases). ``decay`` applies weight decay to ``matrices``
+    only (everything with two or more dimensions) or to ``all`` parameters, as OLMoE does.
+    """
+
+    kind: Literal["adamw", "rmsprop", "muon"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    matrix_lr: float = Field(0.02, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    decay: Literal["matrices", "all"] = "matrices"
+    momentum: float = Field(0.95, ge=0, lt=1)
+    ns_steps: int = Field(5, ge=1, le=20)
+
+
+class ScheduleOptions(Options):
+    """The factor on every learning rate: linear warm-up over ``warmup`` steps, then ``kind``.
+
+    ``cosine`` and ``linear`` fall to ``final`` at the last step; ``wsd`` stays at 1 and falls
+    linearly over the last ``decay_fraction`` of the steps (warmup–stable–decay, arXiv 2404.06395).
+    """
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup: int = Field(0, ge=0)
+    final: float = Field(0.0, ge=0, le=1)
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+
+
+def schedule_factor(options: ScheduleOptions, step: int, steps: int) -> float:
+    """The factor for the update that makes step ``step`` (counted from 1) of ``steps``."""
+    if step <= options.warmup:
+        return step / options.warmup
+    if options.kind == "constant":
+        return 1.0
+    start = options.warmup
+    if options.kind == "wsd":
+        start = max(start, round(steps * (1 - options.decay_fraction)))
+    progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
+    if options.kind == "cosine":
+        return options.final + (1 - options.final) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 - (1.0 - options.final) * progress
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by Newton–Schulz iteration (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/). A stack [E, out, in] is E matrices, each
+    orthogonalised by itself. Weight decay is decoupled.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape[-2:]].append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, group)
+
+    def _update(self, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        momentum = group["momentum"]
+        directions = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer, grad = state["momentum_buffer"], parameter.grad
+            assert grad is not None
+            buffer.lerp_(grad, 1 - momentum)
+            nesterov = grad.lerp(buffer, momentum)
+            directions.append(nesterov.view(-1, *nesterov.shape[-2:]))
+        update = orthogonalise(torch.cat(directions), group["ns_steps"])
+        rows, columns = update.shape[-2:]
+        # Tall matrices move further, so that each output changes alike (Jordan's post).
+        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+        parts = update.split([len(d) for d in directions])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(part.view_as(parameter), alpha=-rate)
+
+
+def orthogonalise(stack: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix to each [out, in] of a stack, approximately, in its dtype.
+
+    A quintic Newton–Schulz iteration in bfloat16 whose coefficients maximise the slope at zero, so
+    that singular values land between about 0.7 and 1.2 (Jordan et al. 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = stack.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT.contiguous() if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(stack.dtype)
+
+
+def build_optimizers(model: nn.Module, options: OptimOptions) -> list[torch.optim.Optimizer]:
+    """The optimizers for the trainable parameters, each group marked with its ``base_lr``."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizers: list[torch.optim.Optimizer] = []
+    rest = named
+    if options.kind == "muon":
+        matrices = [p for name, p in named if _for_muon(name, p)]
+        rest = [(name, p) for name, p in named if not _for_muon(name, p)]
+        if matrices:
+            optimizers.append(
+                Muon(matrices, options.matrix_lr, options.momentum, options.weight_decay, options.ns_steps)
+            )
+    decayed = [p for _, p in rest if options.decay == "all" or p.ndim > 1]
+    kept = [p for _, p in rest if not (options.decay == "all" or p.ndim > 1)]
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if options.kind == "rmsprop":
+        optimizers.append(torch.optim.RMSprop(groups, options.lr, alpha=options.betas[1], eps=options.eps))
+    elif groups:
+        optimizers.append(torch.optim.AdamW(groups, options.lr, options.betas, options.eps, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """All optimizer state as ``parameter name/state name`` to tensor."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what ``optimizer_tensors`` took. Raises KeyError for a parameter the model lacks."""
+    parameters = dict(model.named_parameters())
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        parameter = parameters[name]
+        # Step counters stay on the CPU, as AdamW made them, unless it is fused on another device.
+        owner[parameter].state[parameter][key] = tensor.to(parameter.device)
+
+
+def _for_muon(name: str, parameter: nn.Parameter) -> bool:
+    inside = ".layers." in f".{name}" and not name.rpartition(".")[0].endswith(".gate")
+    biases = ("up_bias", "down_bias")
+    return inside and parameter.ndim > 1 and not name.endswith(biases)

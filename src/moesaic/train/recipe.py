@@ -1,0 +1,123 @@
+"""A recipe: the one table that says what a run is. It composes; each part lives with its owner."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from moesaic.config import Options, apply_overrides, parse_overrides, read_toml, validate
+from moesaic.data.corpora import DataOptions
+from moesaic.errors import RecipeError
+from moesaic.model.config import ModelConfig
+from moesaic.train.objectives import LossOptions
+from moesaic.train.optim import OptimOptions, ScheduleOptions
+from moesaic.weights.checkpoint import CheckpointOptions
+
+
+class TrainOptions(Options):
+    """How long, in what pieces and in which precision.
+
+    One step sees ``batch_size`` windows of ``seq_len`` tokens in ``accumulate`` equal parts.
+    ``freeze`` names parameters by pattern (``model.layers.*.mlp.experts.*``); ``only`` trains
+    nothing but what it names. ``on_nan`` says what a loss that is not finite does: ``stop`` the
+    run, ``skip`` that batch, or ``rollback`` to the last checkpoint and pass over that batch.
+    """
+
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(16, ge=1)
+    seq_len: int = Field(256, ge=1)
+    accumulate: int = Field(1, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    clip: float | None = Field(None, gt=0)
+    log_every: int = Field(10, ge=1)
+    freeze: list[str] = []
+    only: list[str] = []
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainOptions":
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size = {self.batch_size} does not divide by accumulate = {self.accumulate}"
+            )
+        return self
+
+
+class EvalOptions(Options):
+    """Every ``every`` steps and at the end: the loss on the whole validation part, and a sample.
+
+    ``batch_size`` windows at once (default: as many as make 16,384 tokens), ``sample`` new tokens
+    (0: no sample) after ``prompt`` (default: the first token of the validation part).
+    """
+
+    every: int = Field(500, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    sample: int = Field(200, ge=0)
+    prompt: str | None = None
+
+
+class Recipe(Options):
+    """One run. ``out`` defaults to runs/NAME, or the next free runs/NAME-2 …"""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    about: str = ""
+    out: str | None = None
+    seed: int = Field(1337, ge=0, lt=2**63)
+    tracker: Literal["none", "tensorboard", "mlflow"] = "none"
+    data: DataOptions = DataOptions()
+    model: ModelConfig = ModelConfig()
+    train: TrainOptions = TrainOptions()
+    optim: OptimOptions = OptimOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    loss: LossOptions = LossOptions()
+    eval: EvalOptions = EvalOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        if self.model.position == "learned" and self.train.seq_len > self.model.context:
+            raise ValueError(
+                f"train.seq_len = {self.train.seq_len} is above model.context = {self.model.context}, "
+                "the number of learned positions; lower one or raise the other"
+            )
+        router = self.model.router
+        renormalised = getattr(router, "renormalize", False) or getattr(router, "softmax_after", False)
+        renormalised = renormalised or router.kind in ("noisy_top_k", "smart")
+        if self.model.moe_layers and router.top_k == 1 and renormalised:
+            raise ValueError(
+                "model.router.top_k = 1 with renormalised weights: the one weight is always 1, so the "
+                "language-model loss gives the router no gradient; use top_k = 2 or kind = 'top_k' "
+                "without renormalize"
+            )
+        return self
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Name to file of every recipe shipped in the package, sorted."""
+    folder = resources.files("moesaic") / "recipes"
+    return {Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".toml")}
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given as a built-in name, a TOML file or a run directory."""
+    path = Path(name)
+    if path.is_dir() and (path / "recipe.toml").is_file():
+        return path / "recipe.toml"
+    builtin = builtin_recipes()
+    if path.suffix == ".toml" or path.exists():
+        return path
+    if name in builtin:
+        return builtin[name]
+    raise RecipeError(f"{name!r} is no recipe: give {', '.join(builtin)}, a TOML file or a run directory")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe. Raises RecipeError, a line per mistake."""
+    path = recipe_path(name)
+    table: dict[str, Any] = read_toml(path)
+    table.setdefault("name", path.stem)
+    table = apply_overrides(table, parse_overrides(overrides))
+    return validate(Recipe, table, where=path.stem if path.parent.name == "recipes" else str(path))

@@ -1,0 +1,172 @@
+"""Everything a run is made of, built from its recipe: data, model, optimizers, objective."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from moesaic.data.pretrain import TokenStore, prepare
+from moesaic.errors import CheckpointError, RecipeError, ResourceError
+from moesaic.model.transformer import LanguageModel
+from moesaic.train.objectives import Batch, Objective, next_token
+from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
+from moesaic.train.recipe import Recipe
+from moesaic.weights.checkpoint import Contents, read_checkpoint
+
+
+@dataclass
+class Progress:
+    """Where a run is. ``passed_over`` are steps whose batch made the loss not finite."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    passed_over: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Session:
+    """One run in memory. All randomness is a pure function of (seed, step)."""
+
+    recipe: Recipe
+    store: TokenStore
+    model: LanguageModel
+    optimizers: list[torch.optim.Optimizer]
+    objective: Objective
+    device: str
+    trainable: list[nn.Parameter]
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The context that forward passes run in."""
+        if self.recipe.train.precision == "bf16":
+            return torch.autocast(self.device, torch.bfloat16)
+        return nullcontext()
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The batch of ``step`` in ``accumulate`` equal parts."""
+        options = self.recipe.train
+        ids_BT, target_BT = self.store.batch(self.recipe.seed, step, options.batch_size, options.seq_len)
+        parts = zip(ids_BT.chunk(options.accumulate), target_BT.chunk(options.accumulate), strict=True)
+        return [Batch(ids, target).to(self.device) for ids, target in parts]
+
+    def eval_batch_size(self) -> int:
+        return self.recipe.eval.batch_size or max(1, 16_384 // self.recipe.train.seq_len)
+
+    def contents(self, progress: Progress) -> Contents:
+        """What a checkpoint holds: all that resuming needs, and all that using the model needs."""
+        exported = self.exported(progress.step)
+        exported.tensors["optimizer.safetensors"] = optimizer_tensors(self.model, self.optimizers)
+        exported.json["state.json"] = vars(progress)
+        return exported
+
+    def exported(self, step: int) -> Contents:
+        """What using the model needs."""
+        config = self.model.config.model_dump(mode="json", exclude_none=True)
+        tensors = dict(self.model.state_dict())
+        if self.model.config.tied:  # one tensor, stored once
+            del tensors["lm_head.weight"]
+        return Contents(
+            tensors={"model.safetensors": tensors},
+            json={"moesaic.json": {"format": 1, "step": step, "model": config}},
+            files={"tokenizer.json": self.store.tokenizer.library.to_str(pretty=True).encode()},
+        )
+
+    def restore(self, directory: Path) -> Progress:
+        """Take model, optimizers and progress from a checkpoint directory, verified."""
+        contents = read_checkpoint(directory)
+        try:
+            tensors = dict(contents.tensors["model.safetensors"])
+            if self.model.config.tied:
+                tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+            self.model.load_state_dict(tensors)
+            load_optimizer_tensors(self.model, self.optimizers, contents.tensors["optimizer.safetensors"])
+            return Progress(**contents.json["state.json"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{directory}: is not a checkpoint of this recipe ({reason})") from None
+
+
+def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
+    """Prepare the data, then build and seed the model; prints what is frozen through ``say``."""
+    device = _device(recipe)
+    store = prepare(recipe.data, progress=say)
+    # A corpus shorter than the window is refused here, not after the model has been built.
+    store.batch(recipe.seed, 1, 1, recipe.train.seq_len)
+    next(store.validation(1, recipe.train.seq_len))
+    for note in store.notes:
+        say(note)
+    vocabulary = recipe.model.vocab_size or store.tokenizer.vocab_size
+    if vocabulary < store.tokenizer.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size = {vocabulary} is below the tokenizer's {store.tokenizer.vocab_size}; "
+            "leave the key out to take the tokenizer's"
+        )
+    torch.manual_seed(recipe.seed)
+    try:
+        model = LanguageModel(recipe.model.model_copy(update={"vocab_size": vocabulary})).to(device)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        size = recipe.model.model_copy(update={"vocab_size": vocabulary}).parameters().total * 4 / 1e9
+        raise ResourceError(f"no memory for a model of {size:,.1f} GB; make model.width or experts smaller") from None
+    freeze(model, recipe, say)
+    return Session(
+        recipe=recipe,
+        store=store,
+        model=model,
+        optimizers=build_optimizers(model, recipe.optim),
+        objective=next_token(recipe.loss),
+        device=device,
+        trainable=[p for p in model.parameters() if p.requires_grad],
+    )
+
+
+def freeze(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Freeze parameters by name pattern and print what trains.
+
+    Raises RecipeError for a pattern that matches nothing, or when nothing is left to train.
+    """
+    named = dict(model.named_parameters())
+    for key, patterns in (("train.freeze", recipe.train.freeze), ("train.only", recipe.train.only)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                example = next(iter(named))
+                raise RecipeError(f"{key}: {pattern!r} matches no parameter; names look like {example}")
+    for name, parameter in named.items():
+        frozen = any(fnmatchcase(name, p) for p in recipe.train.freeze)
+        if recipe.train.only:
+            frozen = frozen or not any(fnmatchcase(name, p) for p in recipe.train.only)
+        parameter.requires_grad_(not frozen)
+    trained = sum(p.numel() for p in named.values() if p.requires_grad)
+    if not trained:
+        raise RecipeError("train.freeze and train.only leave nothing to train")
+    if recipe.train.freeze or recipe.train.only:
+        say(f"trains {trained:,} of {sum(p.numel() for p in named.values()):,} parameters:")
+        for row in _freeze_table(named):
+            say("  " + row)
+
+
+def step_seed(seed: int, step: int, part: int = 0) -> int:
+    """The seed of dropout, router noise and jitter in one part of one step."""
+    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _freeze_table(named: dict[str, nn.Parameter]) -> list[str]:
+    """A line per kind of parameter, layer numbers folded into ``*``."""
+    kinds: dict[tuple[str, bool], int] = {}
+    for name, parameter in named.items():
+        folded = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        kinds[folded, parameter.requires_grad] = kinds.get((folded, parameter.requires_grad), 0) + parameter.numel()
+    return [f"{'trains' if on else 'frozen'}  {name}  {count:,}" for (name, on), count in kinds.items()]
+
+
+def _device(recipe: Recipe) -> str:
+    wanted = recipe.train.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("train.device = 'cuda', but PyTorch sees no CUDA device here")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
