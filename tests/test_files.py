@@ -54,7 +54,8 @@ def test_failures_are_sorted_by_what_the_user_can_do(tmp_path: Path, monkeypatch
     full = explain(OSError(errno.ENOSPC, "x"), tmp_path, "checkpoint needs 1.2 GB", "the end")
     assert isinstance(full, ResourceError)
     assert str(full) == (
-        f"checkpoint needs 1.2 GB: {tmp_path} has 300.0 MB free; make room or choose another directory; the end"
+        f"checkpoint needs 1.2 GB: {tmp_path} has 300.0 MB free; "
+        "make room or choose another directory; the end"
     )
     assert "quota" in str(explain(OSError(errno.EDQUOT, "x"), tmp_path, "p"))
     for number in (errno.EROFS, errno.EACCES):

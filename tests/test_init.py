@@ -99,7 +99,7 @@ def test_trunc_normal_stays_within_three_deviations_and_reaches_beyond_two() -> 
 def test_biases_are_uniform_within_the_root_of_their_fan_in(kind: str) -> None:
     made = parameters(kind)
     biases = {name: b for name, b in made.items() if is_bias(name) and "norm" not in name}
-    assert len(biases) == 17
+    assert len(biases) == 18
     for name, bias in biases.items():
         inner = name.endswith(("down_proj.bias", "down_bias"))
         bound = 1 / math.sqrt(HIDDEN if inner else WIDTH)

@@ -113,8 +113,8 @@ def nest(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (truncate, r"model\.safetensors: truncated \(50 bytes instead of 112\)"),
-        (lengthen, r"model\.safetensors: too long \(113 bytes instead of 112\)"),
+        (truncate, r"model\.safetensors: truncated \(50 bytes instead of 120\)"),
+        (lengthen, r"model\.safetensors: too long \(121 bytes instead of 120\)"),
         (empty, r"manifest\.json: is not the JSON"),
         (swap, r"model\.safetensors: content does not match its checksum"),
         (remove, r"state\.json: is missing"),
@@ -178,7 +178,7 @@ def test_one_file_is_read_without_the_others(checkpoint: Path) -> None:
     assert read_json(checkpoint, "state.json") == {"step": 100, "seed": 7}
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: content does not match"):
         read_tensors(checkpoint, "optimizer.safetensors")
-    with pytest.raises(CheckpointError, match="has no tensors file state.json"):
+    with pytest.raises(CheckpointError, match=r"has no tensors file state\.json"):
         read_tensors(checkpoint, "state.json")
 
 

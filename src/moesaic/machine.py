@@ -63,6 +63,16 @@ def read_bandwidth(size: int = 2**28, device: str = "cpu") -> float:
     return 4 * size / statistics.median(seconds)
 
 
+def multiplies_bf16(device: str) -> bool:
+    """Whether bfloat16 products run in hardware here. On other processors they are far slower than
+    float32: AVX-512 without BF16, and every AVX2 laptop, convert each operand first."""
+    if device != "cpu":
+        return torch.cuda.is_bf16_supported()
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
 def total_memory() -> int | None:
     """Bytes of main memory, or None where the system does not say."""
     try:

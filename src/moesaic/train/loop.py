@@ -1,6 +1,7 @@
 """The one training loop."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from moesaic.train.interrupt import Interrupt
 from moesaic.train.logger import Logger
 from moesaic.train.objectives import Loss
 from moesaic.train.optim import schedule_factor, set_learning_rate
-from moesaic.train.recipe import Recipe
+from moesaic.train.recipe import Recipe, load_recipe
 from moesaic.train.rundir import check_same_run, choose_directory, create, cut_rows, read_rows, stored_recipe
 from moesaic.train.session import Progress, Session, build_session, step_seed
 from moesaic.weights.checkpoint import newest_valid, save, write_checkpoint
@@ -49,6 +50,11 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         finally:
             log.close()
     return run
+
+
+def run(name: str, overrides: Sequence[str] = (), *, resume: bool = False) -> Path:
+    """Train a built-in recipe, a TOML file or a run directory by name; ``overrides`` are ``a.b=c``."""
+    return train(load_recipe(name, overrides), resume=resume)
 
 
 def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrupt: Interrupt) -> None:

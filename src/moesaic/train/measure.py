@@ -101,7 +101,7 @@ def bench(recipe: Recipe, say: Callable[[str], None]) -> list[tuple[str, str]]:
     """Training and decoding speed of a recipe beside the machine's own limits, from one run."""
     session = build_session(recipe, say)
     cost = measure(session, repeats=20)
-    bf16 = recipe.train.precision == "bf16"
+    bf16 = session.bf16
     rate = matmul_rate(torch.bfloat16 if bf16 else torch.float32, device=session.device)
     achieved = cost.flops_per_step / cost.step_seconds
     decode = _decode_rate(session)

@@ -20,7 +20,8 @@ class TrainOptions(Options):
     """How long, in what pieces and in which precision.
 
     One step sees ``batch_size`` windows of ``seq_len`` tokens in ``accumulate`` equal parts.
-    ``freeze`` names parameters by pattern (``model.layers.*.mlp.experts.*``); ``only`` trains
+    ``precision = "auto"`` is bf16 where the processor multiplies it in hardware, else fp32; the
+    weights and the optimizer stay fp32 either way. ``freeze`` names parameters by pattern (``model.layers.*.mlp.experts.*``); ``only`` trains
     nothing but what it names. ``on_nan`` says what a loss that is not finite does: ``stop`` the
     run, ``skip`` that batch, or ``rollback`` to the last checkpoint and pass over that batch.
     """
@@ -29,7 +30,7 @@ class TrainOptions(Options):
     batch_size: int = Field(16, ge=1)
     seq_len: int = Field(256, ge=1)
     accumulate: int = Field(1, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     clip: float | None = Field(None, gt=0)
     log_every: int = Field(10, ge=1)

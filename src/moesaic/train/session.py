@@ -12,6 +12,7 @@ from torch import nn
 
 from moesaic.data.pretrain import TokenStore, prepare
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
+from moesaic.machine import multiplies_bf16
 from moesaic.model.transformer import LanguageModel
 from moesaic.train.objectives import Batch, Objective, next_token
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
@@ -41,9 +42,15 @@ class Session:
     device: str
     trainable: list[nn.Parameter]
 
+    @property
+    def bf16(self) -> bool:
+        """Whether matrix products run in bfloat16."""
+        wanted = self.recipe.train.precision
+        return wanted == "bf16" or (wanted == "auto" and multiplies_bf16(self.device))
+
     def precision(self) -> AbstractContextManager[object]:
         """The context that forward passes run in."""
-        if self.recipe.train.precision == "bf16":
+        if self.bf16:
             return torch.autocast(self.device, torch.bfloat16)
         return nullcontext()
 

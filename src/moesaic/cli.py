@@ -1,0 +1,283 @@
+"""The command line: one binary with verbs. Everything heavy is imported inside the verb."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moesaic.errors import MoesaicError, RecipeError, ResourceError
+
+if TYPE_CHECKING:
+    from moesaic.train.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Build, train and inspect sparse mixture-of-experts language models on hardware you own.",
+    epilog="Exit codes: 0 ok, 1 failure, 2 usage or recipe, 3 data, 4 checkpoint, 5 diverged, "
+    "6 disk or memory, 75 stopped and resumable.",
+)
+recipes_app = typer.Typer(no_args_is_help=False, help="List, show and copy the recipes that come along.")
+app.add_typer(recipes_app, name="recipes")
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys: a.b=c or --a.b c; the last wins.")
+]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in name, a TOML file or a run directory.")]
+ModelDir = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory, a checkpoint or a model folder.")]
+Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The text to start from; - reads standard input.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+out = Console()
+err = Console(stderr=True)
+
+
+@app.command(context_settings=OVERRIDES)
+def train(
+    context: typer.Context,
+    recipe: RecipeName,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest valid checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, measure real steps, train nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe: moesaic train RECIPE [a.b=c …]."""
+    chosen = _recipe(recipe, context.args)
+    if dry_run:
+        from moesaic.train import measure
+        from moesaic.train.rundir import choose_directory
+
+        where = choose_directory(chosen, resume)
+        rows = [("run directory", str(where)), *measure.dry_run(chosen, _say)]
+        _rows(rows, as_json, title=f"{chosen.name}: what it would take")
+        return
+    from moesaic.train.loop import train as run_training
+
+    run = run_training(chosen, resume=resume)
+    if as_json:
+        typer.echo(json.dumps({"run": str(run)}))
+    else:
+        out.print(Text(f"done: {run}"), soft_wrap=True)
+
+
+@app.command()
+def demo(
+    compare: Annotated[bool, typer.Option("--compare", help="Also train dense models of equal active size.")] = False,
+    directory: Annotated[str | None, typer.Option("--out", help="The run directory.")] = None,
+) -> None:
+    """Train a small MoE on text that is already here, and look inside it (a few minutes)."""
+    from moesaic.train.demo import run_demo
+
+    run_demo(out, compare=compare, directory=directory)
+
+
+@app.command()
+def generate(
+    model: ModelDir,
+    prompt: Prompt,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeat the same draw.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Continue a text, streaming."""
+    from moesaic.lm import load
+
+    text = _prompt(prompt)
+    lm = load(model, device)
+    _write(text)
+    for piece in lm.stream(text, max_new_tokens, temperature, seed, top_k, top_p, stop or ()):
+        _write(piece)
+    _write("\n")
+
+
+@app.command()
+def inspect(
+    model: ModelDir,
+    prompt: Prompt,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also a row for every token.")] = False,
+    most: Annotated[int, typer.Option("--most", min=1, help="How many experts to show per layer.")] = 3,
+    picture: Annotated[Path | None, typer.Option("--out", help="Draw the routing as a PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which experts take a text: per layer, per token, as JSON or as a picture."""
+    from moesaic.analysis.prompt import route_prompt
+    from moesaic.lm import load
+
+    routing = route_prompt(load(model), _prompt(prompt))
+    if not routing.routings:
+        raise RecipeError(f"{model}: is a dense model; it has no experts to show")
+    if picture is not None:
+        if picture.suffix.lower() != ".png":
+            raise RecipeError(f"--out {picture}: the picture is a PNG; give a name that ends in .png")
+        routing.draw(picture)
+    if as_json:
+        typer.echo(json.dumps(routing.as_json()))
+        return
+    out.print(routing.layer_table(most))
+    if tokens:
+        out.print(routing.token_table())
+    if picture is not None:
+        err.print(Text(f"drawn: {picture}"))
+
+
+@recipes_app.callback(invoke_without_command=True)
+def recipes(context: typer.Context) -> None:
+    """Without a verb: list."""
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: AsJson = False) -> None:
+    """The built-in recipes, a line each."""
+    from moesaic.config import read_toml
+    from moesaic.train.recipe import builtin_recipes
+
+    rows = [(name, str(read_toml(path).get("about", ""))) for name, path in builtin_recipes().items()]
+    _rows(rows, as_json)
+
+
+@recipes_app.command("show", context_settings=OVERRIDES)
+def recipes_show(
+    context: typer.Context,
+    recipe: RecipeName,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Every key, defaults included.")] = False,
+) -> None:
+    """Print a recipe, as written or resolved (with overrides)."""
+    from moesaic.config import dump_toml
+    from moesaic.train.recipe import recipe_path
+
+    if resolved or context.args:
+        typer.echo(dump_toml(_recipe(recipe, context.args)), nl=False)
+    else:
+        typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    recipe: RecipeName,
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to put the copy; never overwritten.")],
+) -> None:
+    """Copy a recipe to a file of your own, to change it there."""
+    from moesaic.train.recipe import recipe_path
+
+    source = recipe_path(recipe)
+    if target.is_dir():
+        target = target / f"{source.stem}.toml"
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError(f"{target}: exists; choose another name") from None
+    except OSError as error:
+        raise RecipeError(f"{target}: cannot be written: {error.strerror}") from None
+    typer.echo(str(target))
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Versions, hardware, and this machine's measured matmul rate and bandwidth."""
+    import torch
+
+    from moesaic.files import human_size
+    from moesaic.machine import describe, matmul_rate, read_bandwidth
+
+    facts = describe()
+    device = "cuda" if facts["gpus"] else "cpu"
+    rates = {name: matmul_rate(getattr(torch, name), device=device) for name in ("float32", "bfloat16")}
+    facts["matmul_gflops"] = {name: round(rate / 1e9) for name, rate in rates.items()}
+    facts["read_gb_per_s"] = round(read_bandwidth(device=device) / 1e9, 1)
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    if "memory_bytes" in facts:
+        facts["memory_bytes"] = human_size(facts["memory_bytes"])
+    _rows([(key, _flat(value)) for key, value in facts.items()], False)
+
+
+@app.command(context_settings=OVERRIDES)
+def bench(
+    context: typer.Context,
+    recipe: RecipeName = "makemoe",
+    as_json: AsJson = False,
+) -> None:
+    """Training and decoding speed of a recipe, beside this machine's own limits."""
+    from moesaic.train.measure import bench as measure
+
+    chosen = _recipe(recipe, context.args)
+    _rows(measure(chosen, _say), as_json, title=f"{chosen.name} on this machine")
+
+
+def main() -> None:
+    """Run a command; a failure is one sentence on standard error and its exit code."""
+    try:
+        app()
+    except MoesaicError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe went away: not our failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError:
+        _fail(ResourceError("out of memory; make the batch, the window or the model smaller"))
+    except RuntimeError as error:  # how PyTorch reports an allocation that failed, on CPU and on CUDA
+        if "not enough memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        _fail(ResourceError("out of memory; make train.batch_size, train.seq_len or the model smaller"))
+
+
+def _fail(error: MoesaicError) -> None:
+    err.print(Text(f"moesaic: {error}"), soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
+def _recipe(name: str, words: list[str]) -> "Recipe":
+    from moesaic.train.recipe import load_recipe
+
+    return load_recipe(name, words)
+
+
+def _prompt(text: str) -> str:
+    """The prompt, or standard input for ``-``."""
+    return sys.stdin.read() if text == "-" else text
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    err.print(Text(text), soft_wrap=True)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _rows(rows: list[tuple[str, str]], as_json: bool, title: str | None = None) -> None:
+    """Print (name, value) rows as a table, or as one JSON object."""
+    if as_json:
+        typer.echo(json.dumps({name: value for name, value in rows if name}))
+        return
+    table = Table(show_header=False, box=None, title=title, title_justify="left", title_style="bold")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    out.print(table)
