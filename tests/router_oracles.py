@@ -45,9 +45,7 @@ def _loss_free(o: Any, p: Params, x: Tensor, draw: Tensor | None, training: bool
 
 
 def _smart(o: Any, p: Params, x: Tensor, draw: Tensor | None, training: bool) -> ref.Routed:
-    return ref.smart(
-        x, p["weight"], p.get("bias"), p["log_temperature"], draw, o.min_k, o.top_k, o.mass
-    )
+    return ref.smart(x, p["weight"], p.get("bias"), p["log_temperature"], draw, o.min_k, o.top_k, o.mass)
 
 
 ORACLES: dict[str, Callable[[Any, Params, Tensor, Tensor | None, bool], ref.Routed]] = {

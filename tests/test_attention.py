@@ -168,7 +168,7 @@ def test_rotation_equals_the_oracle_and_keeps_distances_only() -> None:
     frequency = rope_frequencies(made.options, 4)
     assert frequency.tolist() == pytest.approx([1.0, 30**-0.5])
     cosine, sine = Rope(made.options, 4)(torch.tensor([[0, 3]]))
-    angle = torch.tensor([[0.0] * 4, [3.0, 3 * 30**-0.5] * 2])[None]
+    angle = torch.tensor([[0.0] * 2, [3.0, 3 * 30**-0.5]])[None]
     torch.testing.assert_close(cosine, angle.cos())
     torch.testing.assert_close(sine, angle.sin())
 

@@ -66,9 +66,7 @@ def compare(made: Experts, counts_E: list[int], tolerance: float) -> None:
 @pytest.mark.parametrize("counts_E", COUNTS, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bank_equals_the_loop_in_values_and_gradients(
-    kind: FFNKind, bias: bool, counts_E: list[int]
-) -> None:
+def test_bank_equals_the_loop_in_values_and_gradients(kind: FFNKind, bias: bool, counts_E: list[int]) -> None:
     compare(bank(kind, bias), counts_E, 1e-12)
 
 

@@ -39,11 +39,19 @@ def config(**changed: Any) -> ModelConfig:
 GRID: list[dict[str, Any]] = [
     *({"router": router_options(kind, 2, bias)} for kind in ROUTERS for bias in (False, True)),
     *(
-        {"experts": ExpertOptions(kind=kind, count=5, hidden=12, bias=bias, shared_hidden=6, shared_gate=bias)}
+        {
+            "experts": ExpertOptions(
+                kind=kind, count=5, hidden=12, bias=bias, shared_hidden=6, shared_gate=bias
+            )
+        }
         for kind in ("swiglu", "relu", "gelu", "relu2")
         for bias in (False, True)
     ),
-    *({"ffn": FFNOptions(kind=k, hidden=24, bias=b), "pattern": "MD"} for k in ("swiglu", "relu") for b in (0, 1)),
+    *(
+        {"ffn": FFNOptions(kind=k, hidden=24, bias=b), "pattern": "MD"}
+        for k in ("swiglu", "relu")
+        for b in (False, True)
+    ),
     {"tied": True},
     {"tied": True, "head_bias": True},
     {"head_bias": True},

@@ -5,7 +5,6 @@ configures. A recipe is a TOML table; ``a.b=c`` overrides are written over it be
 """
 
 import difflib
-import math
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from moesaic.errors import RecipeError
 
@@ -22,6 +22,14 @@ class Options(BaseModel):
     """Base of every options class: unknown keys, NaN and infinities are refused; frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, table: Any) -> Any:
+        """Python counts True as 1; a recipe must not. As text it is refused where it stands."""
+        if not isinstance(table, dict):
+            return table
+        return {name: _spelt_out(cls.model_fields.get(name), value) for name, value in table.items()}
 
 
 O = TypeVar("O", bound=Options)
@@ -37,7 +45,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: is a directory; give a TOML file") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number with more digits than Python reads
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
@@ -59,9 +67,10 @@ def parse_value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+    except ValueError:  # not TOML, or a number with more digits than Python reads
         return text
+    return table["value"] if len(table) == 1 else text
 
 
 def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -135,6 +144,14 @@ def _flatten_into(flat: dict[str, Any], key: str, value: Any) -> None:
         flat[key] = value
 
 
+def _spelt_out(field: FieldInfo | None, value: Any) -> Any:
+    """A boolean given to a number as text, so that it is refused; every other value as it is."""
+    if field is None or not isinstance(value, bool):
+        return value
+    accepted = {field.annotation, *get_args(field.annotation)}
+    return str(value).lower() if accepted & {int, float} and bool not in accepted else value
+
+
 def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
 
@@ -147,45 +164,73 @@ def _options_in(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _options_in(inner)
 
 
-def _dotted(cls: type[BaseModel], location: Sequence[int | str]) -> str:
-    """A pydantic location without the union tags that pydantic inserts (router, noisy_top_k, x)."""
+def _locate(cls: type[BaseModel], location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:
+    """The dotted key of a pydantic location, without the union tags that pydantic inserts
+    (router, noisy_top_k, x), and the options classes that its last step was looked up in."""
     parts: list[str] = []
+    owners: list[type[BaseModel]] = [cls]
     nodes: list[type[BaseModel]] = [cls]
-    for index, step in enumerate(location):
-        fields = [n.model_fields[str(step)] for n in nodes if str(step) in n.model_fields]
-        last = index == len(location) - 1
-        if not fields and nodes and not last and not isinstance(step, int):
-            continue  # a union tag
-        parts.append(f"[{step}]" if isinstance(step, int) else str(step))
-        nodes = [o for f in fields for o in _options_in(f.annotation)] if fields else []
-    return ".".join(parts).replace(".[", "[")
+    for step in location:
+        if isinstance(step, int):
+            parts.append(f"[{step}]")
+            continue
+        if len(nodes) > 1:  # the step after a union is the tag of one of its members
+            nodes = [n for n in nodes if n.model_fields["kind"].default == step]
+            continue
+        parts.append(step)
+        owners = nodes
+        nodes = [
+            o for n in nodes if step in n.model_fields for o in _options_in(n.model_fields[step].annotation)
+        ]
+    return ".".join(parts).replace(".[", "["), owners
+
+
+def _suggest(key: str, owners: list[type[BaseModel]], known: list[str]) -> str:
+    """The key that was probably meant: the same name in another table, else one like it in this one."""
+    table, _, tail = key.rpartition(".")
+    siblings = [name for owner in owners for name in owner.model_fields]
+    elsewhere = [k for k in known if k.rpartition(".")[2] == tail and k.rpartition(".")[0] != table]
+    near = difflib.get_close_matches(tail, siblings, n=1, cutoff=0.7)
+    found = elsewhere[:1] or [f"{table}.{name}" if table else name for name in near]
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _sentence(cls: type[BaseModel], detail: Any, known: list[str]) -> str:
-    location: tuple[int | str, ...] = detail["loc"]
-    kind, given = detail["type"], detail["input"]
-    key = _dotted(cls, location)
+    kind, given, message = detail["type"], detail["input"], detail["msg"]
+    key, owners = _locate(cls, detail["loc"])
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        tail = key.rpartition(".")[2]
-        near = near or [k for k in known if k.rpartition(".")[2] == tail][:1]
-        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        return f"{key}: unknown key{_suggest(key, owners, known)}"
     if kind == "missing":
         return f"{key}: this key is required"
-    message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
+        message = message.removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
-    if kind in ("union_tag_invalid", "literal_error"):
-        message = message.replace("Input should be", "should be")
-        wrong = given.get("kind", given) if isinstance(given, dict) else given
-        return f"{key}{'.kind' if kind == 'union_tag_invalid' else ''}: {_plain(message)}, not {wrong!r}"
-    shown = given if not isinstance(given, float) or math.isfinite(given) else str(given)
-    return f"{key}: {_plain(message)}, not {shown!r}"
+    if kind == "union_tag_invalid":
+        return (
+            f"{key}.kind: should be one of {detail['ctx']['expected_tags']}, not {_shown(given.get('kind'))}"
+        )
+    if kind.startswith("string_pattern"):
+        return f"{key}: {_shown(given)} is not of the form {detail['ctx']['pattern']}"
+    expected = next((words for start, words in _EXPECTED.items() if kind.startswith(start)), None)
+    expected = expected or message.replace("Input should be ", "")
+    return f"{key}: should be {expected}, not {_shown(given)}"
 
 
-def _plain(message: str) -> str:
-    """Pydantic's message without the parts that speak of Python."""
-    message = message.replace("Input should be", "should be").split(" found using")[0]
-    if "does not match any of the expected tags" in message:
-        return "should be one of " + message.split("expected tags: ")[1]
-    return message[0].lower() + message[1:]
+_EXPECTED = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_type": "text (write it in quotes)",
+    "list_": "a list",
+    "tuple_": "a list",
+    "model_": "a table",
+    "dict_": "a table",
+}
+
+
+def _shown(value: Any) -> str:
+    """A value as a recipe writes it, cut where it is long."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value) if isinstance(value, str | list | dict) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

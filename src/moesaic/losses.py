@@ -106,7 +106,9 @@ def entropy_bonus(routings: Sequence[Routing]) -> Tensor:
     per_layer = []
     for routing in routings:
         p_TE = _distribution(routing.probs_TE)
-        entropy_T = -torch.special.xlogy(p_TE, p_TE).sum(-1)
+        # A probability that underflows to 0 must not make the gradient NaN (0 / 0 in xlogy's).
+        least = torch.finfo(p_TE.dtype).tiny
+        entropy_T = -(p_TE * p_TE.clamp(min=least).log()).sum(-1)
         total = entropy_T.sum() if routing.real_T is None else (entropy_T * routing.real_T).sum()
         per_layer.append(-total / _real_tokens(routing))
     return torch.stack(per_layer).mean()

@@ -51,7 +51,9 @@ def activate(z: Tensor, kind: FFNKind) -> Tensor:
         return F.silu(gate) * up
     if kind == "gelu":
         return F.gelu(z)
-    return F.relu(z) if kind == "relu" else F.relu(z).square()
+    hidden = F.relu(z)
+    # Not square(): PyTorch's pow costs more than a product, forwards and backwards.
+    return hidden if kind == "relu" else hidden * hidden
 
 
 def activate_backward(grad: Tensor, z: Tensor, kind: FFNKind) -> Tensor:
@@ -63,7 +65,7 @@ def activate_backward(grad: Tensor, z: Tensor, kind: FFNKind) -> Tensor:
         return torch.ops.aten.gelu_backward(grad, z)
     if kind == "relu":
         return torch.ops.aten.threshold_backward(grad, z, 0)
-    return grad * F.relu(z).mul_(2)
+    return F.relu(z).mul_(grad).mul_(2)
 
 
 class FeedForward(nn.Module):
@@ -107,6 +109,16 @@ class Experts(nn.Module):
         """[E, G, D]: the gate and up matrices for SwiGLU, else the up matrix."""
         return self.gate_up_proj if self.kind == "swiglu" else self.up_proj
 
+    def row_multiple(self, rows: int, device: torch.device) -> int:
+        """To what multiple the caller should fill up each expert's rows.
+
+        oneDNN compiles a bf16 product anew for every new shape: 3.5 ms each, against 0.3 ms to run
+        it (500–1,500 rows, 192 × 384), and the number of rows differs at every step. Multiples of
+        64 leave few shapes, which it remembers, at the price of 32 more rows per expert.
+        """
+        bf16 = self._compute_dtype(device.type) == torch.bfloat16
+        return 64 if device.type == "cpu" and bf16 and rows >= 64 * len(self.down_proj) else 1
+
     def forward(self, rows_RD: Tensor, counts_E: list[int]) -> Tensor:
         """Run expert 0 on the first ``counts_E[0]`` rows, expert 1 on the next, and so on.
 
@@ -114,7 +126,7 @@ class Experts(nn.Module):
         """
         first, down, up_bias, down_bias = self.first_matrix, self.down_proj, self.up_bias, self.down_bias
         device = rows_RD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
+        dtype = self._compute_dtype(device)
         with torch.autocast(device, enabled=False):
             out: Tensor = _ExpertFFN.apply(
                 rows_RD.to(dtype),
@@ -126,6 +138,9 @@ class Experts(nn.Module):
                 self.kind,
             )
         return out
+
+    def _compute_dtype(self, device: str) -> torch.dtype:
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.down_proj.dtype
 
 
 class _ExpertFFN(torch.autograd.Function):

@@ -13,20 +13,25 @@ from moesaic.model.config import InitOptions
 
 # The matrices that write to the residual stream.
 _OUTPUTS = ("o_proj.weight", "down_proj.weight", "down_proj")
+_OUTPUT_BIASES = ("o_proj.bias", "down_proj.bias", "down_bias")
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, options: InitOptions) -> None:
     """Fill every parameter of ``model`` in place, from torch's global generator."""
-    fan_in = {name.removesuffix("weight"): p.shape[-1] for name, p in model.named_parameters() if p.ndim > 1}
+    fan_in = {
+        name.removesuffix("weight"): p.shape[-1]
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p.ndim > 1
+    }
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
-        if leaf in ("bias", "noise_bias", "up_bias", "down_bias"):
+        if options.zero_output and name.endswith(_OUTPUTS + _OUTPUT_BIASES):
+            parameter.zero_()
+        elif leaf in ("bias", "noise_bias", "up_bias", "down_bias"):
             _initialise_bias(parameter, options, _bias_fan_in(name, parameter, fan_in))
         elif parameter.ndim < 2:
             parameter.fill_(0.0 if leaf == "log_temperature" else 1.0)
-        elif options.zero_output and name.endswith(_OUTPUTS):
-            parameter.zero_()
         elif "embed_" in name and options.kind in ("kaiming", "xavier"):
             parameter.normal_(0.0, 1.0)
         else:

@@ -1,7 +1,7 @@
 """The sparse layer: route, sort by expert, run the bank, combine.
 
 Shape legend: T tokens (batch and positions flattened), D width, E experts, K choices per token,
-R rows (the kept token-expert pairs, sorted by expert).
+R rows (the kept token-expert pairs, sorted by expert; perhaps fillers between experts).
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ class MoE(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.gate = build_router(router, width, experts.count)
-        self.experts: nn.Module = Experts(experts, width)
+        self.experts = Experts(experts, width)
         self.shared_expert: FeedForward | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if experts.shared_hidden:
@@ -39,8 +39,9 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         """The layer's output [T, D] and the routing that made it."""
         routing: Routing = self.gate(x_TD, real_T)
-        order_R, place_TK, counts_E = sort_by_expert(routing)
-        token_R = order_R // routing.expert_TK.shape[1]
+        T, K = routing.expert_TK.shape
+        order_R, place_TK, counts_E = sort_by_expert(routing, self.experts.row_multiple(T * K, x_TD.device))
+        token_R = (order_R // K).clamp(max=T - 1)  # a filler row holds some token; nothing reads it
         rows_RD = _Dispatch.apply(x_TD, token_R, place_TK)
         rows_RD = self.experts(rows_RD, counts_E)
         rows_RD = F.dropout(rows_RD, self.dropout, self.training)
@@ -53,20 +54,29 @@ class MoE(nn.Module):
         return y_TD, routing
 
 
-def sort_by_expert(routing: Routing) -> tuple[Tensor, Tensor, list[int]]:
-    """The kept choices in expert order.
+def sort_by_expert(routing: Routing, multiple: int = 1) -> tuple[Tensor, Tensor, list[int]]:
+    """The kept choices in expert order, each expert's rows filled up to a multiple.
 
-    Returns order_R (flat index t·K + k of each row), place_TK (the row of each choice, R where it
-    is not kept) and the number of rows of each expert.
+    Returns order_R (the flat index t·K + k of each row, T·K for a filler), place_TK (the row of
+    each choice, R where it is not kept) and the number of rows of each expert, fillers included.
     """
-    num_experts = routing.num_experts
+    num_experts, device = routing.num_experts, routing.expert_TK.device
     expert_N = torch.where(routing.keep_TK, routing.expert_TK, num_experts).flatten()
     order_N = expert_N.argsort(stable=True)
-    counts_E = torch.bincount(expert_N, minlength=num_experts)[:num_experts].tolist()
-    rows = sum(counts_E)
+    count_E = torch.bincount(expert_N, minlength=num_experts + 1)[:num_experts]
+    filled_E = (count_E + multiple - 1) // multiple * multiple
+    counts_E = filled_E.tolist()
+    rows, choices = sum(counts_E), len(expert_N)
+    # How far filling moves an expert's rows down; choices that are not kept all move to row R.
+    shift_E = torch.cat([filled_E.cumsum(0) - filled_E - count_E.cumsum(0) + count_E, filled_E.new_zeros(1)])
+    sorted_N = expert_N[order_N]
+    row_N = torch.arange(choices, device=device) + shift_E[sorted_N]
+    row_N = torch.where(sorted_N < num_experts, row_N, rows)
     place_N = torch.empty_like(order_N)
-    place_N[order_N] = torch.arange(len(order_N), device=order_N.device).clamp(max=rows)
-    return order_N[:rows], place_N.view_as(routing.expert_TK), counts_E
+    place_N[order_N] = row_N
+    order_R1 = torch.full((rows + 1,), choices, device=device)
+    order_R1[row_N] = torch.where(sorted_N < num_experts, order_N, choices)
+    return order_R1[:rows], place_N.view_as(routing.expert_TK), counts_E
 
 
 # Dispatch and combine are each other's transpose. Written as gathers in both directions: the
@@ -104,10 +114,12 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows_RD, weight_TK, order_R, token_R, place_TK = ctx.saved_tensors
         dy_RD = dy_TD.index_select(0, token_R)
-        d_weight_TK = torch.zeros_like(weight_TK)
-        d_weight_TK.view(-1)[order_R] = (dy_RD * rows_RD).sum(-1).to(weight_TK.dtype)
-        d_rows_RD = dy_RD.mul_(weight_TK.flatten()[order_R][:, None]).to(rows_RD.dtype)
-        return d_rows_RD, d_weight_TK, None, None, None
+        # One entry more, of weight zero, stands for the fillers: no gradient passes through them.
+        weight_N1 = torch.cat([weight_TK.flatten(), weight_TK.new_zeros(1)])
+        d_weight_N1 = torch.zeros_like(weight_N1)
+        d_weight_N1[order_R] = (dy_RD * rows_RD).sum(-1).to(weight_TK.dtype)
+        d_rows_RD = dy_RD.mul_(weight_N1[order_R][:, None]).to(rows_RD.dtype)
+        return d_rows_RD, d_weight_N1[:-1].view_as(weight_TK), None, None, None
 
 
 def _gather_sum(rows_RD: Tensor, weight_TK: Tensor | None, place_TK: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.experts import FeedForward
 from moesaic.model.init import initialise
 from moesaic.model.moe import MoE
+from moesaic.model.norm import LayerNorm, RMSNorm
 from moesaic.routing import Routing
 
 
@@ -147,7 +148,7 @@ class LanguageModel(nn.Module):
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    kind = LayerNorm if config.norm == "layer" else RMSNorm
     return kind(config.width, eps=config.norm_eps)
 
 

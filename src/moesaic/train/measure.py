@@ -51,10 +51,10 @@ def measure(session: Session, repeats: int = 5) -> Cost:
             raise DivergedError(f"step {step} of the measurement: the loss is not finite; lower optim.lr")
     step_seconds = statistics.median(seconds[2:])
     eval_seconds = _eval_seconds(session)
-    weights = sum(p.numel() * p.elementhuman_size() for p in session.model.parameters())
-    gradients = sum(p.numel() * p.elementhuman_size() for p in session.trainable)
+    weights = sum(p.numel() * p.element_size() for p in session.model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in session.trainable)
     state = sum(
-        t.numel() * t.elementhuman_size() for t in optimizer_tensors(session.model, session.optimizers).values()
+        t.numel() * t.element_size() for t in optimizer_tensors(session.model, session.optimizers).values()
     )
     checkpoint = weights + state
     counts = session.model.config.parameters()
@@ -131,7 +131,7 @@ def _decode_rate(session: Session, repeats: int = 5) -> float:
 def _eval_seconds(session: Session) -> float:
     """Seconds of one whole evaluation, measured once."""
     start = time.perf_counter()
-    evaluate(session.model, session.store, session.eval_batchhuman_size(), session.recipe.train.seq_len, session.precision)
+    evaluate(session.model, session.store, session.eval_batch_size(), session.recipe.train.seq_len, session.precision)
     return time.perf_counter() - start
 
 

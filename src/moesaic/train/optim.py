@@ -159,6 +159,7 @@ def build_optimizers(model: nn.Module, options: OptimOptions) -> list[torch.opti
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group's rate to ``factor`` times its ``base_lr``."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from moesaic.train.recipe import Recipe
 
 # A resumed run must be the same run; only what does not touch the weights' path may change.
 _MAY_CHANGE = {"out", "name", "about", "tracker", "eval", "checkpoint"}
+
+# What a process that is killed before recipe.toml is in place leaves behind.
+_BEFORE_A_RUN = re.compile(r"\.lock|env\.json|\.(env\.json|recipe\.toml)\.tmp-\d+")
 
 
 def choose_directory(recipe: Recipe, resume: bool) -> Path:
@@ -43,7 +47,7 @@ def _checked(path: Path, resume: bool) -> Path:
         raise RecipeError(f"{path}: holds no run to resume (no recipe.toml)")
     if is_run and not resume:
         raise RecipeError(f"{path}: already holds a run; add --resume to continue it or choose another out=DIR")
-    if path.exists() and not is_run and any(p.name != ".lock" for p in path.iterdir()):
+    if path.exists() and not is_run and not all(_BEFORE_A_RUN.fullmatch(p.name) for p in path.iterdir()):
         raise RecipeError(f"{path}: is not empty and is no run; choose another out=DIR")
     return path
 
@@ -55,6 +59,7 @@ def create(path: Path, recipe: Recipe) -> None:
 
 
 def stored_recipe(path: Path) -> Recipe:
+    """The recipe that the run in ``path`` was last started with."""
     return validate(Recipe, read_toml(path / "recipe.toml"), where=str(path / "recipe.toml"))
 
 
