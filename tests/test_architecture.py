@@ -19,7 +19,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 400, 80
 BASE = {"errors", "files", "routing", "machine", "config", "losses"}
 # A module, or the package that it is in, to the modules and packages of moesaic that it may import.
 MAY_IMPORT: dict[str, set[str]] = {
-    **{name: BASE for name in BASE},
+    **dict.fromkeys(BASE, BASE),
     "model": {*BASE, "model"},
     "data": {"config", "errors", "files", "data"},
     "generate": {*BASE, "model"},

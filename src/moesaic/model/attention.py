@@ -150,28 +150,36 @@ def attend(
     q_BNTH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, allowed_BTS: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
     """Softmax attention, [B, N, T, H]; causal where ``allowed_BTS`` is None."""
-    B, N, T, H = q_BNTH.shape
-    M, S = k_BMSH.shape[1:3]
-    bf16 = torch.is_autocast_enabled("cpu") or q_BNTH.dtype == torch.bfloat16
-    if q_BNTH.device.type == "cpu" and bf16 and torch.is_grad_enabled() and S <= 512:
-        # PyTorch's CPU flash attention is slow backwards in bf16: 87 ms against 25 ms for plain
-        # products (B 64, N 4, T 128, H 64, two cores). Longer than 512 the scores cost too much room.
-        if M != N:
-            k_BMSH, v_BMSH = (x.repeat_interleave(N // M, dim=1) for x in (k_BMSH, v_BMSH))
-        hidden = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1) if allowed_BTS is None else ~allowed_BTS[:, None]
-        score_BNTS = (q_BNTH * scale) @ k_BMSH.mT
-        weight_BNTS = score_BNTS.masked_fill_(hidden, -torch.inf).softmax(-1).to(v_BMSH.dtype)
-        return F.dropout(weight_BNTS, dropout) @ v_BMSH
+    on_cpu, bf16 = q_BNTH.device.type == "cpu", q_BNTH.dtype == torch.bfloat16
+    if on_cpu and bf16 and torch.is_grad_enabled() and k_BMSH.shape[2] <= 512:
+        return _plain_attention(q_BNTH, k_BMSH, v_BMSH, allowed_BTS, scale, dropout)
     return F.scaled_dot_product_attention(
         q_BNTH,
         k_BMSH,
         v_BMSH,
         attn_mask=None if allowed_BTS is None else allowed_BTS[:, None],
         dropout_p=dropout,
-        is_causal=allowed_BTS is None and T > 1,
+        is_causal=allowed_BTS is None and q_BNTH.shape[2] > 1,
         scale=scale,
-        enable_gqa=M != N,
+        enable_gqa=q_BNTH.shape[1] != k_BMSH.shape[1],
     )
+
+
+def _plain_attention(
+    q_BNTH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, allowed_BTS: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """The same by plain products. PyTorch's CPU flash attention is slow backwards in bf16: 87 ms
+    against 25 ms (B 64, N 4, T 128, H 64, two cores). Past 512 keys the scores take too much room."""
+    N, T, M, S = q_BNTH.shape[1], q_BNTH.shape[2], k_BMSH.shape[1], k_BMSH.shape[2]
+    if M != N:
+        k_BMSH, v_BMSH = (x.repeat_interleave(N // M, dim=1) for x in (k_BMSH, v_BMSH))
+    if allowed_BTS is None:
+        barrier = torch.full((T, S), -torch.inf, dtype=q_BNTH.dtype).triu_(S - T + 1)
+    else:
+        barrier = torch.zeros(1, dtype=q_BNTH.dtype).masked_fill(~allowed_BTS[:, None], -torch.inf)
+    with torch.autocast("cpu", enabled=False):  # it would carry the scores in float32
+        score_BNTS = ((q_BNTH * scale) @ k_BMSH.mT).add_(barrier)
+        return F.dropout(score_BNTS.softmax(-1), dropout) @ v_BMSH
 
 
 def allowed_keys(

@@ -80,8 +80,8 @@ def sort_by_expert(routing: Routing, multiple: int = 1) -> tuple[Tensor, Tensor,
 
 
 # Dispatch and combine are each other's transpose. Written as gathers in both directions: the
-# backward of a plain index is a scatter-add, which on CPU adds one row at a time (measured at 8,192
-# tokens, top-2, width 256: benchmarks/dispatch.py).
+# backward of a plain index is a scatter-add, which on CPU adds one row at a time (measured at 4,096
+# tokens, top-2, width 256: benchmarks/cpu_choices.py).
 
 
 class _Dispatch(torch.autograd.Function):

@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moesaic.config import Options, apply_overrides, parse_overrides, read_toml, validate
 from moesaic.data.corpora import DataOptions
@@ -76,6 +76,12 @@ class Recipe(Options):
     loss: LossOptions = LossOptions()
     eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
+
+    @field_validator("tracker", mode="before")
+    @classmethod
+    def _none_is_a_tracker(cls, value: Any) -> Any:
+        # An override's none is no value, and here that has a name.
+        return "none" if value is None else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":

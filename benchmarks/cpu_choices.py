@@ -1,0 +1,85 @@
+"""What each CPU choice in model/ buys over what PyTorch would do by itself, forward and backward."""
+
+import random
+
+import torch
+import torch.nn.functional as F
+from timing import header, median_seconds
+from torch import Tensor
+
+from moesaic.model.attention import _plain_attention
+from moesaic.model.experts import ExpertOptions, Experts
+from moesaic.model.moe import _Combine, _Dispatch, sort_by_expert
+from moesaic.model.norm import RMSNorm
+from moesaic.routing import Routing
+
+T, D, E, K = 4096, 256, 8, 2
+
+
+def main() -> None:
+    print(header())
+    torch.manual_seed(0)
+    print(f"\n{'choice':58} {'PyTorch ms':>11} {'moesaic ms':>11} {'×':>6}")
+    for name, theirs, ours in (norm(), attention(), scatter(), shapes()):
+        seconds = median_seconds({"theirs": theirs, "ours": ours}, repeats=11)
+        a, b = 1000 * seconds["theirs"], 1000 * seconds["ours"]
+        print(f"{name:58} {a:11.2f} {b:11.2f} {a / b:6.2f}")
+
+
+def norm():  # noqa: ANN201
+    """RMSNorm as one autograd node against PyTorch's composed one."""
+    x = torch.randn(T, D, requires_grad=True)
+    layer = RMSNorm(D, 1e-5)
+    weight = torch.ones(D, requires_grad=True)
+    theirs = lambda: F.rms_norm(x, (D,), weight, 1e-5).sum().backward()
+    return f"RMS norm, fp32 [{T}, {D}]", theirs, lambda: layer(x).sum().backward()
+
+
+def attention():  # noqa: ANN201
+    """Attention by plain products in bf16 against the flash kernel."""
+    q, k, v = (torch.randn(32, 4, 128, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    theirs = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+    ours = lambda: _plain_attention(q, k, v, None, 64**-0.5, 0.0).sum().backward()
+    return "attention, bf16 [32, 4, 128, 64]", theirs, ours
+
+
+def scatter():  # noqa: ANN201
+    """Dispatch and combine as gathers both ways against index and index_add."""
+    x = torch.randn(T, D, requires_grad=True)
+    logits = torch.randn(T, E)
+    weight, expert = logits.softmax(-1).topk(K)
+    weight = weight.clone().requires_grad_()
+    keep = torch.ones_like(expert, dtype=torch.bool)
+    order, place, _ = sort_by_expert(Routing(weight, expert, keep, logits, logits, keep))
+    token = order // K
+
+    def theirs() -> None:
+        rows = x[token]
+        y = torch.zeros(T, D).index_add(0, token, rows * weight.flatten()[order][:, None])
+        y.sum().backward()
+
+    def ours() -> None:
+        rows: Tensor = _Dispatch.apply(x, token, place)
+        _Combine.apply(rows, weight, order, token, place).sum().backward()
+
+    return f"dispatch and combine, fp32, {T} tokens, top-{K}", theirs, ours
+
+
+def shapes():  # noqa: ANN201
+    """A bank in bf16 with ever new row counts, against row counts filled up to multiples of 64."""
+    bank = Experts(ExpertOptions(kind="relu2", hidden=384, count=E), D)
+    torch.nn.init.normal_(bank.up_proj, std=0.02)
+    torch.nn.init.normal_(bank.down_proj, std=0.02)
+    draw = random.Random(0)
+
+    def run(multiple: int) -> None:
+        counts = [draw.randint(700, 1300) // multiple * multiple for _ in range(E)]
+        x = torch.randn(sum(counts), D, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            bank(x, counts).sum().backward()
+
+    return f"{E} experts, bf16, row counts as they come / in 64s", lambda: run(1), lambda: run(64)
+
+
+if __name__ == "__main__":
+    main()

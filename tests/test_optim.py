@@ -1,0 +1,262 @@
+"""Optimizers and schedules against hand-computed points, torch's AdamW and a slow Newton–Schulz.
+
+Shape legend: E matrices of a stack.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_losses as ref
+import torch
+from tiny_runs import tiny
+from torch import Tensor, nn
+
+from moesaic.model.transformer import LanguageModel
+from moesaic.train.optim import (
+    Muon,
+    OptimOptions,
+    ScheduleOptions,
+    build_optimizers,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    orthogonalise,
+    schedule_factor,
+    set_learning_rate,
+)
+
+torch.set_num_threads(1)
+
+
+def factor(step: int, steps: int = 100, **options: Any) -> float:
+    return schedule_factor(ScheduleOptions(**options), step, steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "wanted"),
+    [
+        ({}, 1, 1.0),
+        ({}, 100, 1.0),
+        ({"warmup": 4}, 1, 0.25),
+        ({"warmup": 4}, 4, 1.0),
+        ({"warmup": 4}, 5, 1.0),
+        ({"kind": "linear"}, 25, 0.75),
+        ({"kind": "linear"}, 100, 0.0),
+        ({"kind": "linear", "warmup": 20}, 10, 0.5),
+        ({"kind": "linear", "warmup": 20}, 20, 1.0),
+        ({"kind": "linear", "warmup": 20}, 60, 0.5),
+        ({"kind": "linear", "final": 0.2}, 50, 0.6),
+        ({"kind": "linear", "final": 0.2}, 100, 0.2),
+        ({"kind": "cosine"}, 50, 0.5),
+        ({"kind": "cosine"}, 100, 0.0),
+        ({"kind": "cosine", "final": 0.1}, 100, 0.1),
+        ({"kind": "cosine", "final": 0.1}, 25, 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))),
+        ({"kind": "wsd"}, 80, 1.0),
+        ({"kind": "wsd"}, 90, 0.5),
+        ({"kind": "wsd", "decay_fraction": 0.4}, 60, 1.0),
+        ({"kind": "wsd", "decay_fraction": 0.4}, 70, 0.75),
+        ({"kind": "wsd", "final": 0.5}, 100, 0.5),
+        ({"kind": "wsd", "warmup": 95}, 95, 1.0),
+        ({"kind": "linear", "warmup": 200}, 100, 0.5),
+    ],
+)
+def test_schedules_pass_through_points_computed_by_hand(
+    options: dict[str, Any], step: int, wanted: float
+) -> None:
+    assert factor(step, **options) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])
+def test_schedules_never_leave_zero_to_one(kind: str) -> None:
+    for steps in (1, 2, 7):
+        for warmup in (0, 1, 3, 10):
+            for step in range(1, steps + 3):
+                assert 0 <= factor(step, steps, kind=kind, warmup=warmup) <= 1
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12), (1, 6), (64, 16)])
+def test_orthogonalise_is_the_slow_one_up_to_bf16(shape: tuple[int, int]) -> None:
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    ours, slow = orthogonalise(g[None])[0], ref.muon_orthogonalise(g)
+    assert ours.dtype == torch.float32
+    cosine = torch.nn.functional.cosine_similarity(ours.double().flatten(), slow.flatten(), dim=0)
+    assert cosine > 0.999
+    singular = torch.linalg.svdvals(ours.double())
+    torch.testing.assert_close(singular, torch.linalg.svdvals(slow), atol=0.05, rtol=0.05)
+    assert singular.min() > 0.3
+    assert singular.max() < 1.3
+
+
+def test_the_direction_of_every_singular_vector_is_kept() -> None:
+    u, _, v = torch.linalg.svd(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double())
+    g = (u * torch.tensor([3.0, 2.0, 1.5, 1.0, 0.8, 0.6])) @ v
+    inside = u.T @ orthogonalise(g.float()[None])[0].double() @ v.T
+    assert (inside.diagonal() > 0.6).all()
+    assert (inside - inside.diagonal().diag()).abs().max() < 0.05
+
+
+def test_a_zero_gradient_stays_zero() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+
+
+def muon_step(shape: tuple[int, ...], grads: list[Tensor], start: Tensor, **options: Any) -> Tensor:
+    parameter = nn.Parameter(start.clone())
+    assert parameter.shape == shape
+    muon = Muon([parameter], **{"lr": 0.1, **options})
+    for grad in grads:
+        parameter.grad = grad.clone()
+        muon.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (3, 6, 4)])
+def test_a_stack_of_experts_is_each_expert_by_itself(shape: tuple[int, int, int]) -> None:
+    draw = torch.Generator().manual_seed(1)
+    start, *grads = (torch.randn(shape, generator=draw) for _ in range(4))
+    stacked = muon_step(shape, grads, start, weight_decay=0.1)
+    for e in range(shape[0]):
+        alone = muon_step(shape[1:], [g[e] for g in grads], start[e], weight_decay=0.1)
+        # bf16 sums in another order for a batch of another size
+        torch.testing.assert_close(stacked[e], alone, atol=2e-3, rtol=2e-2)
+
+
+def test_matrices_of_one_shape_do_not_mix() -> None:
+    draw = torch.Generator().manual_seed(5)
+    starts = [torch.randn(4, 6, generator=draw) for _ in range(3)]
+    grads = [torch.randn(4, 6, generator=draw) for _ in range(3)]
+    together = [nn.Parameter(s.clone()) for s in starts]
+    for parameter, grad in zip(together, grads, strict=True):
+        parameter.grad = grad.clone()
+    Muon(together, lr=0.1).step()
+    for parameter, start, grad in zip(together, starts, grads, strict=True):
+        alone = muon_step((4, 6), [grad], start)
+        torch.testing.assert_close(parameter.detach(), alone, atol=2e-3, rtol=2e-2)
+
+
+def test_a_muon_update_by_hand() -> None:
+    """Nesterov momentum, orthogonalised, scaled for tall matrices, after decoupled decay."""
+    draw = torch.Generator().manual_seed(2)
+    start, first, second = (torch.randn(8, 2, generator=draw) for _ in range(3))
+    momentum, lr, decay = 0.9, 0.1, 0.5
+    buffer, wanted = torch.zeros(8, 2), start.clone()
+    for grad in (first, second):
+        buffer = momentum * buffer + (1 - momentum) * grad
+        direction = ref.muon_orthogonalise((1 - momentum) * grad + momentum * buffer).float()
+        wanted = wanted * (1 - lr * decay) - lr * 2.0 * direction  # sqrt(8 / 2) = 2
+    ours = muon_step((8, 2), [first, second], start, lr=lr, momentum=momentum, weight_decay=decay)
+    torch.testing.assert_close(ours, wanted, atol=0.01, rtol=0.02)
+
+
+def model(folder: Path, *words: str) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(tiny(folder, "model.vocab_size=11", *words).model)
+
+
+def steps(made: LanguageModel, optimizers: list[torch.optim.Optimizer], seeds: range) -> None:
+    for seed in seeds:
+        ids_BT = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(seed))
+        made(ids_BT).logits_BTV.square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "rmsprop", "muon"])
+def test_saved_state_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    options = OptimOptions(kind=kind)  # type: ignore[arg-type]
+    whole = model(tmp_path)
+    optimizers = build_optimizers(whole, options)
+    steps(whole, optimizers, range(3))
+    state = {name: tensor.clone() for name, tensor in optimizer_tensors(whole, optimizers).items()}
+    weights = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    steps(whole, optimizers, range(3, 6))
+    later = model(tmp_path)
+    later.load_state_dict(weights)
+    again = build_optimizers(later, options)
+    load_optimizer_tensors(later, again, state)
+    steps(later, again, range(3, 6))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, later.state_dict()[name]), name
+    for name, tensor in optimizer_tensors(whole, optimizers).items():
+        assert torch.equal(tensor, optimizer_tensors(later, again)[name]), name
+
+
+def test_state_of_a_parameter_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    made = model(tmp_path)
+    optimizers = build_optimizers(made, OptimOptions())
+    with pytest.raises(KeyError):
+        load_optimizer_tensors(made, optimizers, {"model.nothing.weight/exp_avg": torch.zeros(1)})
+
+
+def test_adamw_is_torchs(tmp_path: Path) -> None:
+    options = OptimOptions(lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, decay="all")
+    ours, theirs = model(tmp_path), model(tmp_path)
+    steps(ours, build_optimizers(ours, options), range(4))
+    steps(theirs, [torch.optim.AdamW(theirs.parameters(), 0.01, (0.8, 0.9), 1e-6, 0.1)], range(4))
+    for (name, one), two in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def decays(made: LanguageModel, options: OptimOptions) -> dict[str, tuple[str, float]]:
+    """Name of each parameter to its optimizer and weight decay; a name may come up once only."""
+    names = {parameter: name for name, parameter in made.named_parameters()}
+    found: dict[str, tuple[str, float]] = {}
+    for optimizer in build_optimizers(made, options):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert names[parameter] not in found
+                found[names[parameter]] = (type(optimizer).__name__, group["weight_decay"])
+    return found
+
+
+BIASED = [
+    "model.experts.bias=true",
+    "model.attention.out_bias=true",
+    "model.router.bias=true",
+    "model.norm=layer",
+]
+
+
+def test_only_matrices_decay_unless_all_shall(tmp_path: Path) -> None:
+    made = model(tmp_path, *BIASED)
+    by_name = dict(made.named_parameters())
+    found = decays(made, OptimOptions(weight_decay=0.3))
+    assert found.keys() == by_name.keys()
+    for name, (_, decay) in found.items():
+        assert decay == (0.3 if by_name[name].ndim > 1 else 0.0), name
+    everything = decays(made, OptimOptions(weight_decay=0.3, decay="all"))
+    assert {decay for _, decay in everything.values()} == {0.3}
+
+
+@pytest.mark.parametrize("tied", ["false", "true"])
+def test_muon_takes_the_matrices_inside_blocks_alone(tied: str, tmp_path: Path) -> None:
+    made = model(tmp_path, *BIASED, f"model.tied={tied}", "model.position=learned", "model.head_bias=true")
+    found = decays(made, OptimOptions(kind="muon"))
+    assert found.keys() == dict(made.named_parameters()).keys()
+    taken = {name for name, (optimizer, _) in found.items() if optimizer == "Muon"}
+    inside = {name.split(".", 3)[3] for name in taken}
+    assert all(name.startswith("model.layers.") for name in taken)
+    assert {"self_attn.o_proj.weight", "mlp.experts.down_proj"} <= inside
+    for word in ("gate.weight", "norm", "bias", "embed", "head"):
+        assert not any(word in name for name in taken), word
+    kept = {name for name in found if name not in taken and found[name][0] == "AdamW"}
+    assert {"model.embed_tokens.weight", "model.layers.0.mlp.gate.weight"} <= kept
+
+
+@pytest.mark.parametrize("kind", ["adamw", "rmsprop", "muon"])
+def test_frozen_parameters_are_in_no_optimizer(kind: str, tmp_path: Path) -> None:
+    made = model(tmp_path)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_("experts" in name)
+    found = decays(made, OptimOptions(kind=kind))  # type: ignore[arg-type]
+    assert found
+    assert all("experts" in name for name in found)
+
+
+def test_the_rate_is_the_base_times_the_factor(tmp_path: Path) -> None:
+    optimizers = build_optimizers(model(tmp_path), OptimOptions(kind="muon", lr=0.004, matrix_lr=0.03))
+    for value in (0.5, 0.25, 1.0):
+        set_learning_rate(optimizers, value)
+        rates = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
+        assert rates == {0.004 * value, 0.03 * value}
