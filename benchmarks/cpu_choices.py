@@ -26,24 +26,32 @@ def main() -> None:
         print(f"{name:58} {a:11.2f} {b:11.2f} {a / b:6.2f}")
 
 
-def norm():  # noqa: ANN201
+def norm():
     """RMSNorm as one autograd node against PyTorch's composed one."""
     x = torch.randn(T, D, requires_grad=True)
     layer = RMSNorm(D, 1e-5)
     weight = torch.ones(D, requires_grad=True)
-    theirs = lambda: F.rms_norm(x, (D,), weight, 1e-5).sum().backward()
+
+    def theirs() -> None:
+        F.rms_norm(x, (D,), weight, 1e-5).sum().backward()
+
     return f"RMS norm, fp32 [{T}, {D}]", theirs, lambda: layer(x).sum().backward()
 
 
-def attention():  # noqa: ANN201
+def attention():
     """Attention by plain products in bf16 against the flash kernel."""
     q, k, v = (torch.randn(32, 4, 128, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    theirs = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
-    ours = lambda: _plain_attention(q, k, v, None, 64**-0.5, 0.0).sum().backward()
+
+    def theirs() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+
+    def ours() -> None:
+        _plain_attention(q, k, v, None, 64**-0.5, 0.0).sum().backward()
+
     return "attention, bf16 [32, 4, 128, 64]", theirs, ours
 
 
-def scatter():  # noqa: ANN201
+def scatter():
     """Dispatch and combine as gathers both ways against index and index_add."""
     x = torch.randn(T, D, requires_grad=True)
     logits = torch.randn(T, E)
@@ -65,7 +73,7 @@ def scatter():  # noqa: ANN201
     return f"dispatch and combine, fp32, {T} tokens, top-{K}", theirs, ours
 
 
-def shapes():  # noqa: ANN201
+def shapes():
     """A bank in bf16 with ever new row counts, against row counts filled up to multiples of 64."""
     bank = Experts(ExpertOptions(kind="relu2", hidden=384, count=E), D)
     torch.nn.init.normal_(bank.up_proj, std=0.02)

@@ -37,7 +37,9 @@ def main() -> None:
 
     print(f"\n{'one stream':24} {'tokens':>7} {'plain tokens/s':>15} {'moesaic tokens/s':>17} {'×':>6}")
     for name, tokens in (("inside the window", INSIDE), ("past the window", PAST)):
-        seconds = median_seconds({"plain": lambda n=tokens: theirs(n), "ours": lambda n=tokens: ours(n)}, 5, 1)
+        seconds = median_seconds(
+            {"plain": lambda n=tokens: theirs(n), "ours": lambda n=tokens: ours(n)}, 5, 1
+        )
         plain_rate, our_rate = tokens / seconds["plain"], tokens / seconds["ours"]
         print(f"{name:24} {tokens:7} {plain_rate:15.0f} {our_rate:17.0f} {our_rate / plain_rate:6.1f}")
 

@@ -36,7 +36,11 @@ def main() -> None:
     def ours(precision: str) -> "Step":
         return Step(config, recipe, Batch(ids_BT, target_BT), precision)
 
-    contestants = {"plain reference, fp32": plain_step, "moesaic, fp32": ours("fp32"), "moesaic, bf16": ours("bf16")}
+    contestants = {
+        "plain reference, fp32": plain_step,
+        "moesaic, fp32": ours("fp32"),
+        "moesaic, bf16": ours("bf16"),
+    }
     seconds = median_seconds(contestants)
     flops = 3 * ids_BT.numel() * config.flops_per_token(recipe.train.seq_len)
     print(f"\n{'training step, 512 tokens':28} {'ms':>8} {'GFLOP/s':>9} {'× plain':>8}")
@@ -48,7 +52,7 @@ def main() -> None:
 class Step:
     """One training step as the loop takes it: forward, backward, update."""
 
-    def __init__(self, config, recipe, batch, precision):  # noqa: ANN001
+    def __init__(self, config, recipe, batch, precision):
         torch.manual_seed(0)
         self.model = LanguageModel(config).train()
         self.optimizers = build_optimizers(self.model, recipe.optim)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def median_seconds(contestants: Mapping[str, Callable[[], object]], repeats: int = 15, warmup: int = 3) -> dict[str, float]:
+def median_seconds(
+    contestants: Mapping[str, Callable[[], object]], repeats: int = 15, warmup: int = 3
+) -> dict[str, float]:
     """Median seconds of each, taken in turns so that a slow minute of the machine hits all alike."""
     for run in contestants.values():
         for _ in range(warmup):
@@ -26,7 +28,9 @@ def header() -> str:
     from moesaic.machine import describe, matmul_rate, read_bandwidth
 
     facts = describe()
-    rates = ", ".join(f"{name} {matmul_rate(getattr(torch, name)) / 1e9:,.0f}" for name in ("float32", "bfloat16"))
+    rates = ", ".join(
+        f"{name} {matmul_rate(getattr(torch, name)) / 1e9:,.0f}" for name in ("float32", "bfloat16")
+    )
     return (
         f"{facts['processor']}, {facts['threads']} threads, torch {facts['packages']['torch']}; "
         f"2048³ matmul in GFLOP/s: {rates}; reads {read_bandwidth() / 1e9:.0f} GB/s"

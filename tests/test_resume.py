@@ -228,9 +228,9 @@ def training(folder: Path, *words: str) -> "Iterator[subprocess.Popen[str]]":
     arguments = ["train", str(tiny_file(folder)), f"out={folder / 'run'}", "train.steps=100000", *words]
     child = subprocess.Popen([*ENTRY, *arguments], stderr=subprocess.PIPE, text=True)
     try:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 600
         while not (folder / "run" / "latest").exists() and child.poll() is None:
-            assert time.monotonic() < limit, "no checkpoint within two minutes"
+            assert time.monotonic() < limit, "no checkpoint within ten minutes"
             time.sleep(0.01)
         yield child
     finally:
@@ -242,7 +242,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     words = ["checkpoint.every=3", "model.dropout=0.1"]
     with training(tmp_path, *words) as child:
         child.send_signal(signal.SIGINT)
-        _, said = child.communicate(timeout=120)
+        _, said = child.communicate(timeout=600)
         assert child.returncode == 75
     assert "--resume" in said
     assert "Traceback" not in said
@@ -283,7 +283,7 @@ def test_a_second_interrupt_ends_at_once_and_harms_nothing(tmp_path: Path) -> No
     with pytest.raises(subprocess.TimeoutExpired):  # the first one waits for the step
         child.wait(0.3)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(30) == 128 + signal.SIGTERM
+    assert child.wait(600) == 128 + signal.SIGTERM
     child.stdout.close()
     run_tiny(tmp_path, "run", *words, resume=True)
     assert weights(run) == weights(run_tiny(tmp_path, "calm", *words))

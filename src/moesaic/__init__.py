@@ -1,12 +1,12 @@
 """Build, train, merge, inspect and serve sparse mixture-of-experts language models.
 
-    import moesaic
+import moesaic
 
-    run = moesaic.run("demo", ["train.steps=200", "out=runs/first"])
-    lm = moesaic.load(run)
-    print(lm.generate("def main(", max_new_tokens=80, temperature=0.8, seed=0))
-    for layer, routing in enumerate(lm.routing(lm.ids("def main("))):
-        print(layer, routing.counts_E().tolist())
+run = moesaic.run("demo", ["train.steps=200", "out=runs/first"])
+lm = moesaic.load(run)
+print(lm.generate("def main(", max_new_tokens=80, temperature=0.8, seed=0))
+for layer, routing in enumerate(lm.routing(lm.ids("def main("))):
+    print(layer, routing.counts_E().tolist())
 """
 
 import os

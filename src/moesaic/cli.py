@@ -29,11 +29,18 @@ app.add_typer(recipes_app, name="recipes")
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys: a.b=c or --a.b c; the last wins.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys: a.b=c or --a.b c; the last wins."),
 ]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in name, a TOML file or a run directory.")]
-ModelDir = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory, a checkpoint or a model folder.")]
-Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The text to start from; - reads standard input.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A built-in name, a TOML file or a run directory.")
+]
+ModelDir = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A run directory, a checkpoint or a model folder.")
+]
+Prompt = Annotated[
+    str, typer.Option("--prompt", "-p", help="The text to start from; - reads standard input.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 out = Console()
@@ -44,8 +51,12 @@ err = Console(stderr=True)
 def train(
     context: typer.Context,
     recipe: RecipeName,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest valid checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, measure real steps, train nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest valid checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, measure real steps, train nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe: moesaic train RECIPE [a.b=c …]."""
@@ -69,7 +80,9 @@ def train(
 
 @app.command()
 def demo(
-    compare: Annotated[bool, typer.Option("--compare", help="Also train dense models of equal active size.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train dense models of equal active size.")
+    ] = False,
     directory: Annotated[str | None, typer.Option("--out", help="The run directory.")] = None,
 ) -> None:
     """Train a small MoE on text that is already here, and look inside it (a few minutes)."""

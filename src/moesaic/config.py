@@ -25,11 +25,12 @@ class Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_boolean_for_a_number(cls, table: Any) -> Any:
-        """Python counts True as 1; a recipe must not. As text it is refused where it stands."""
+    def _as_a_recipe_means_it(cls, table: Any) -> Any:
+        """``none`` is no value where none is allowed (TOML has no word for it). Python counts True
+        as 1; a recipe must not: as text it is refused where it stands."""
         if not isinstance(table, dict):
             return table
-        return {name: _spelt_out(cls.model_fields.get(name), value) for name, value in table.items()}
+        return {name: _understood(cls.model_fields.get(name), value) for name, value in table.items()}
 
 
 O = TypeVar("O", bound=Options)
@@ -61,9 +62,7 @@ def dump_toml(options: Options) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """The value of an override: TOML where it parses, ``none`` for no value, else plain text."""
-    if text.lower() in ("none", "null"):
-        return None
+    """The value of an override: TOML where it parses, else plain text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -94,7 +93,7 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 
 def apply_overrides(table: dict[str, Any], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """A copy of ``table`` with every (dotted key, text) written over it; the last one wins."""
-    result = _copy(table)
+    result: dict[str, Any] = _copy(table)
     for key, text in pairs:
         *parents, last = key.split(".")
         node = result
@@ -144,12 +143,13 @@ def _flatten_into(flat: dict[str, Any], key: str, value: Any) -> None:
         flat[key] = value
 
 
-def _spelt_out(field: FieldInfo | None, value: Any) -> Any:
-    """A boolean given to a number as text, so that it is refused; every other value as it is."""
-    if field is None or not isinstance(value, bool):
+def _understood(field: FieldInfo | None, value: Any) -> Any:
+    if field is None or not isinstance(value, bool | str):
         return value
     accepted = {field.annotation, *get_args(field.annotation)}
-    return str(value).lower() if accepted & {int, float} and bool not in accepted else value
+    if isinstance(value, bool):
+        return str(value).lower() if accepted & {int, float} and bool not in accepted else value
+    return None if value == "none" and type(None) in accepted else value
 
 
 def _copy(value: Any) -> Any:

@@ -20,7 +20,7 @@ class SampleOptions(Options):
     temperature: float = Field(1.0, ge=0)
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=2**63)
 
 
 def stream(

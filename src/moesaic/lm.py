@@ -15,9 +15,9 @@ from moesaic.data.tokenizers import StreamDecoder, Tokenizer
 from moesaic.errors import CheckpointError, RecipeError
 from moesaic.generate import SampleOptions, stream
 from moesaic.model.config import ModelConfig
-from moesaic.model.transformer import LanguageModel
+from moesaic.model.transformer import LanguageModel, Output
 from moesaic.routing import Routing
-from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint
+from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint, step_of
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,15 @@ class LM:
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits, float32 [B, T, V]. ``attention_mask`` [B, T] is 0 at padding."""
-        output = self.model(self._to_device(ids_BT), self._real(attention_mask))
+        output: Output = self.model(self._to_device(ids_BT), self._real(attention_mask))
         assert output.logits_BTV is not None
         return output.logits_BTV.float()
 
     @torch.inference_mode()
     def routing(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> list[Routing]:
         """One Routing per sparse layer, for the B·T tokens in row order."""
-        return self.model(self._to_device(ids_BT), self._real(attention_mask), logits=False).routings
+        output: Output = self.model(self._to_device(ids_BT), self._real(attention_mask), logits=False)
+        return output.routings
 
     def generate(
         self,
@@ -56,9 +57,7 @@ class LM:
         Temperature 0 is greedy. Ends before any of ``stop``, or at the tokenizer's end-of-text.
         Raises RecipeError for an empty prompt and DataError for characters the model cannot read.
         """
-        return "".join(
-            self.stream(text_or_ids, max_new_tokens, temperature, seed, top_k, top_p, stop)
-        )
+        return "".join(self.stream(text_or_ids, max_new_tokens, temperature, seed, top_k, top_p, stop))
 
     def stream(
         self,
@@ -73,7 +72,8 @@ class LM:
         """``generate``, piece by piece. A piece never ends inside a character, and no piece holds
         the beginning of a stop text that then follows."""
         ids_BT = self.ids(text_or_ids)
-        options = SampleOptions(temperature=temperature, seed=seed, top_k=top_k, top_p=top_p)
+        wanted = {"temperature": temperature, "seed": seed, "top_k": top_k, "top_p": top_p}
+        options = validate(SampleOptions, wanted, where="generate")
         decoder, held = StreamDecoder(self.tokenizer), ""
         for next_B in stream(self.model, ids_BT, max_new_tokens, options):
             token = int(next_B[0])
@@ -82,7 +82,8 @@ class LM:
             held += decoder.push(token)
             found = [held.find(text) for text in stop if text and text in held]
             if found:
-                yield held[: min(found)]
+                if min(found):
+                    yield held[: min(found)]
                 return
             ready = len(held) - _open_end(held, stop)
             if ready:
@@ -95,7 +96,7 @@ class LM:
     def ids(self, text_or_ids: str | Sequence[int] | Tensor) -> Tensor:
         """A prompt as ids, int64 [1, T]."""
         if isinstance(text_or_ids, Tensor):
-            ids_BT = text_or_ids.long().reshape(-1, text_or_ids.shape[-1])
+            ids_BT = text_or_ids.long() if text_or_ids.ndim == 2 else text_or_ids.long().reshape(1, -1)
         else:
             ids = self.tokenizer.encode(text_or_ids).tolist() if isinstance(text_or_ids, str) else text_or_ids
             ids_BT = torch.tensor([list(ids)], dtype=torch.int64)
@@ -121,6 +122,8 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
     path = Path(directory).expanduser()
     if not path.is_dir():
         raise RecipeError(f"{path}: no such directory")
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise RecipeError(f"device = {device!r}: PyTorch sees none such here; use cpu, or cuda where it is")
     path, contents = _find(path)
     try:
         described = contents.json["moesaic.json"]
@@ -154,7 +157,7 @@ def _find(path: Path) -> tuple[Path, Contents]:
     finished = path / "model"
     if finished.is_dir():
         contents = read_checkpoint(finished)
-        if newest is None or int(newest.name.rpartition("-")[2]) <= contents.json["moesaic.json"]["step"]:
+        if newest is None or step_of(newest) <= contents.json["moesaic.json"]["step"]:
             return finished, contents
     if newest is None:
         raise RecipeError(f"{path}: this run has saved no checkpoint yet")

@@ -15,7 +15,16 @@ def describe() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     packages = {}
-    for name in ("moesaic", "torch", "numpy", "safetensors", "tokenizers", "pydantic", "transformers", "mlflow"):
+    for name in (
+        "moesaic",
+        "torch",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "pydantic",
+        "transformers",
+        "mlflow",
+    ):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -67,10 +76,8 @@ def multiplies_bf16(device: str) -> bool:
     """Whether bfloat16 products run in hardware here. On other processors they are far slower than
     float32: AVX-512 without BF16, and every AVX2 laptop, convert each operand first."""
     if device != "cpu":
-        return torch.cuda.is_bf16_supported()
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+        return bool(torch.cuda.is_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def total_memory() -> int | None:

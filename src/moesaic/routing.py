@@ -71,15 +71,13 @@ class Routing:
 
 def concatenate(parts: Sequence[Routing]) -> Routing:
     """Join the routings of one router over several calls along the token axis."""
-    masks = [p.real_T for p in parts]
-    known = [
-        torch.ones(len(p.expert_TK), dtype=torch.bool, device=p.expert_TK.device) if m is None else m
-        for p, m in zip(parts, masks, strict=True)
-    ]
+    reals = [p.real_T if p.real_T is not None else torch.ones_like(p.keep_TK[:, 0]) for p in parts]
     return Routing(
-        *(
-            torch.cat([getattr(p, name) for p in parts])
-            for name in ("weight_TK", "expert_TK", "keep_TK", "logits_TE", "probs_TE", "wanted_TK")
-        ),
-        real_T=None if all(m is None for m in masks) else torch.cat(known),
+        weight_TK=torch.cat([p.weight_TK for p in parts]),
+        expert_TK=torch.cat([p.expert_TK for p in parts]),
+        keep_TK=torch.cat([p.keep_TK for p in parts]),
+        logits_TE=torch.cat([p.logits_TE for p in parts]),
+        probs_TE=torch.cat([p.probs_TE for p in parts]),
+        wanted_TK=torch.cat([p.wanted_TK for p in parts]),
+        real_T=None if all(p.real_T is None for p in parts) else torch.cat(reals),
     )

@@ -29,7 +29,11 @@ def loss_curve(train: Sequence[dict[str, Any]], val: Sequence[dict[str, Any]], p
         steps, losses = [r["step"] for r in val], [r["loss"] for r in val]
         axes.plot(steps, losses, color="#c2452d", marker="o", markersize=3.5, label="held out")
         axes.annotate(
-            f"{losses[-1]:.4f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(-6, 9), ha="right"
+            f"{losses[-1]:.4f}",
+            (steps[-1], losses[-1]),
+            textcoords="offset points",
+            xytext=(-6, 9),
+            ha="right",
         )
         # The first steps fall from log(vocabulary) and would flatten everything after them.
         shown = losses + [r["loss"] for r in train[len(train) // 20 :]]
@@ -46,7 +50,9 @@ def load_heatmap(counts_LE: Tensor, layers: Sequence[int], path: Path) -> None:
     """Share of each sparse layer's choices that each expert took, over the held-out text."""
     share = (counts_LE.double() / counts_LE.sum(1, keepdim=True).clamp(min=1)).numpy()
     L, E = share.shape
-    figure = Figure(figsize=(max(5.0, min(16.0, 1.6 + 0.55 * E)), max(2.6, 1.4 + 0.36 * L)), layout="constrained")
+    figure = Figure(
+        figsize=(max(5.0, min(16.0, 1.6 + 0.55 * E)), max(2.6, 1.4 + 0.36 * L)), layout="constrained"
+    )
     axes = figure.subplots()
     image = axes.imshow(share, aspect="auto", cmap="magma", vmin=0, vmax=max(2 / E, float(share.max())))
     _label_experts(axes, E)
@@ -93,7 +99,12 @@ def specialisation_heatmap(
 
 
 def token_heatmap(
-    experts_LT: Tensor, confidence_LT: Tensor, tokens: Sequence[str], layers: Sequence[int], num_experts: int, path: Path
+    experts_LT: Tensor,
+    confidence_LT: Tensor,
+    tokens: Sequence[str],
+    layers: Sequence[int],
+    num_experts: int,
+    path: Path,
 ) -> None:
     """The first choice of every token in every sparse layer: colour is the expert, strength its
     weight. Long texts show their first 120 tokens."""
@@ -109,7 +120,9 @@ def token_heatmap(
     for i in range(L):
         for j in range(T):
             axes.text(j, i, str(experts[i, j]), ha="center", va="center", fontsize=6.5)
-    axes.set_xticks(range(T), [t.replace("$", r"\$") for t in tokens], rotation=90, fontsize=7, family="monospace")
+    axes.set_xticks(
+        range(T), [t.replace("$", r"\$") for t in tokens], rotation=90, fontsize=7, family="monospace"
+    )
     axes.set_yticks(range(L), [str(layer) for layer in layers])
     axes.set_ylabel("layer")
     axes.set_title("first expert of each token; the stronger the colour, the more of its weight", fontsize=9)

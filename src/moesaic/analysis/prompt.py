@@ -73,7 +73,9 @@ class PromptRouting:
     def draw(self, path: Path) -> None:
         """The heat map of tokens and layers as PNG."""
         first, weight = self._first()
-        token_heatmap(torch.tensor(first), torch.tensor(weight), self.tokens, self.layers, self.num_experts, path)
+        token_heatmap(
+            torch.tensor(first), torch.tensor(weight), self.tokens, self.layers, self.num_experts, path
+        )
 
     def _first(self) -> tuple[list[list[int]], list[list[float]]]:
         best = [token_weights(r).max(1) for r in self.routings]

@@ -135,7 +135,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None and self.options.qk_norm == "head":
             q_BTNH, k_BTMH = self.q_norm(q_BTNH), self.k_norm(k_BTMH)
         if rope is not None:
-            q_BTNH, k_BTMH = _Rotate.apply(q_BTNH, *rope), _Rotate.apply(k_BTMH, *rope)
+            q_BTNH, k_BTMH = rotate(q_BTNH, *rope), rotate(k_BTMH, *rope)
         q_BNTH, k_BMTH = q_BTNH.transpose(1, 2), k_BTMH.transpose(1, 2)
         v_BMTH = v.view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
@@ -230,9 +230,14 @@ class Rope:
         return angle_BTP.cos(), angle_BTP.sin()
 
 
+def rotate(x_BTNH: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + H/2) of [B, T, N, H], Hugging Face's convention for Llama."""
+    y_BTNH: Tensor = _Rotate.apply(x_BTNH, cos_BTP, sin_BTP)  # type: ignore[no-untyped-call]
+    return y_BTNH
+
+
 class _Rotate(torch.autograd.Function):
-    """Rotate the pairs (i, i + H/2) of [B, T, N, H], Hugging Face's convention for Llama. The
-    gradient is the rotation back."""
+    """Its gradient is the rotation back."""
 
     @staticmethod
     def forward(ctx: Any, x_BTNH: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
@@ -240,7 +245,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x_BTNH, cos_BTP, sin_BTP)
 
     @staticmethod
-    def backward(ctx: Any, dy_BTNH: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy_BTNH: Tensor) -> tuple[Tensor, None, None]:
         cos_BTP, sin_BTP = ctx.saved_tensors
         return _rotated(dy_BTNH, cos_BTP, -sin_BTP), None, None
 

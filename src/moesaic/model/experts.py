@@ -62,9 +62,11 @@ def activate_backward(grad: Tensor, z: Tensor, kind: FFNKind) -> Tensor:
         gate, up = z.chunk(2, dim=-1)
         return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
     if kind == "gelu":
-        return torch.ops.aten.gelu_backward(grad, z)
+        d_gelu: Tensor = torch.ops.aten.gelu_backward(grad, z)
+        return d_gelu
     if kind == "relu":
-        return torch.ops.aten.threshold_backward(grad, z, 0)
+        d_relu: Tensor = torch.ops.aten.threshold_backward(grad, z, 0)
+        return d_relu
     return F.relu(z).mul_(grad).mul_(2)
 
 
@@ -128,7 +130,7 @@ class Experts(nn.Module):
         device = rows_RD.device.type
         dtype = self._compute_dtype(device)
         with torch.autocast(device, enabled=False):
-            out: Tensor = _ExpertFFN.apply(
+            out: Tensor = _ExpertFFN.apply(  # type: ignore[no-untyped-call]
                 rows_RD.to(dtype),
                 first.to(dtype),
                 None if up_bias is None else up_bias.to(dtype),
@@ -175,7 +177,7 @@ class _ExpertFFN(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, z_RG, first_EGD, down_EDH = ctx.saved_tensors
         need_x, need_first, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[:5]
         dy_RD = dy_RD.contiguous()

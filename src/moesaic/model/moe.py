@@ -42,10 +42,10 @@ class MoE(nn.Module):
         T, K = routing.expert_TK.shape
         order_R, place_TK, counts_E = sort_by_expert(routing, self.experts.row_multiple(T * K, x_TD.device))
         token_R = (order_R // K).clamp(max=T - 1)  # a filler row holds some token; nothing reads it
-        rows_RD = _Dispatch.apply(x_TD, token_R, place_TK)
+        rows_RD = _Dispatch.apply(x_TD, token_R, place_TK)  # type: ignore[no-untyped-call]
         rows_RD = self.experts(rows_RD, counts_E)
         rows_RD = F.dropout(rows_RD, self.dropout, self.training)
-        y_TD: Tensor = _Combine.apply(rows_RD, routing.weight_TK, order_R, token_R, place_TK)
+        y_TD: Tensor = _Combine.apply(rows_RD, routing.weight_TK, order_R, token_R, place_TK)  # type: ignore[no-untyped-call]
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)
             if self.shared_expert_gate is not None:
@@ -94,7 +94,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_rows_RD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_rows_RD: Tensor) -> tuple[Tensor, None, None]:
         (place_TK,) = ctx.saved_tensors
         return _gather_sum(d_rows_RD, None, place_TK).to(d_rows_RD.dtype), None, None
 
@@ -106,13 +106,13 @@ class _Combine(torch.autograd.Function):
     def forward(
         ctx: Any, rows_RD: Tensor, weight_TK: Tensor, order_R: Tensor, token_R: Tensor, place_TK: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(rows_RD, weight_TK, order_R, token_R, place_TK)
+        ctx.save_for_backward(rows_RD, weight_TK, order_R, token_R)
         return _gather_sum(rows_RD, weight_TK, place_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows_RD, weight_TK, order_R, token_R, place_TK = ctx.saved_tensors
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RD, weight_TK, order_R, token_R = ctx.saved_tensors
         dy_RD = dy_TD.index_select(0, token_R)
         # One entry more, of weight zero, stands for the fillers: no gradient passes through them.
         weight_N1 = torch.cat([weight_TK.flatten(), weight_TK.new_zeros(1)])
@@ -124,12 +124,13 @@ class _Combine(torch.autograd.Function):
 
 def _gather_sum(rows_RD: Tensor, weight_TK: Tensor | None, place_TK: Tensor) -> Tensor:
     """Sum over k of rows[place[:, k]], weighted; a place of R reads zero. Float32 or wider."""
-    # One more row, of zeros, stands for every choice that was not kept.
-    padded_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])
+    if len(rows_RD) < place_TK.numel() or int(place_TK.max()) == len(rows_RD):
+        # Some choice was not kept: one more row, of zeros, stands for it.
+        rows_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])
     dtype = torch.promote_types(rows_RD.dtype, torch.float32)
     total_TD = torch.zeros(len(place_TK), rows_RD.shape[1], dtype=dtype, device=rows_RD.device)
     for k in range(place_TK.shape[1]):
-        part_TD = padded_RD.index_select(0, place_TK[:, k])
+        part_TD = rows_RD.index_select(0, place_TK[:, k])
         if weight_TK is None:
             total_TD += part_TD
         else:

@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         if x.device.type == "cpu" and x.dtype != torch.float64:
-            y: Tensor = _RMSNorm.apply(x, self.weight, self.eps, dtype)
+            y: Tensor = _RMSNorm.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-untyped-call]
             return y
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(dtype)
 
@@ -48,11 +48,12 @@ class _RMSNorm(torch.autograd.Function):
         mean = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x32 * scale).mul_(weight).to(dtype)
+        y: Tensor = (x32 * scale).mul_(weight).to(dtype)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         dy = dy.float()
         unit = x.float() * scale

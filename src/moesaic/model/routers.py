@@ -45,7 +45,12 @@ class TokenChoiceOptions(BaseRouterOptions):
 
 
 class Router(nn.Module):
-    """Base of all routers: a linear layer from a token to one logit per expert, in float32."""
+    """Base of all routers: a linear layer from a token to one logit per expert, in float32.
+
+    A router whose state ``follows_load`` is told the load after each optimizer step.
+    """
+
+    follows_load = False
 
     def __init__(self, options: Any, width: int, num_experts: int) -> None:
         super().__init__()
@@ -221,6 +226,7 @@ class LossFree(Router):
     """
 
     options: LossFreeOptions
+    follows_load = True
     e_score_correction_bias: Tensor
 
     def __init__(self, options: LossFreeOptions, width: int, num_experts: int) -> None:

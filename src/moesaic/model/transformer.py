@@ -70,7 +70,11 @@ class Decoder(nn.Module):
         self.embed_positions: nn.Embedding | None = None
         if config.position == "learned":
             self.embed_positions = nn.Embedding(config.context, config.width)
-        self.rope = Rope(config.attention, config.attention.head_size(config.width)) if config.position == "rope" else None
+        self.rope = (
+            Rope(config.attention, config.attention.head_size(config.width))
+            if config.position == "rope"
+            else None
+        )
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.layers)])
         self.norm = _norm(config)
 

@@ -82,7 +82,9 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
 
 def _show_losses(out: Console, run: Path) -> None:
     last = _last_evaluation(run)
-    out.print(Text(f"\nheld-out loss {last['loss']:.4f} nats per token after {last['time']:.0f} s", style="bold"))
+    out.print(
+        Text(f"\nheld-out loss {last['loss']:.4f} nats per token after {last['time']:.0f} s", style="bold")
+    )
     domains = {key.removeprefix("loss/"): value for key, value in last.items() if key.startswith("loss/")}
     for domain, loss in domains.items():
         out.print(Text(f"  {domain:10} {loss:.4f}"))
@@ -118,7 +120,9 @@ def _show_routing(out: Console, run: Path) -> None:
         for row_E in share_CE:
             expert = int((row_E - usual_E).argmax())
             cells.append(f"expert {expert}  {100 * row_E[expert]:.0f}% (usual {100 * usual_E[expert]:.0f}%)")
-        table.add_row(str(layer), f"{mutual_information(counts_CE):.3f} of {math.log2(len(domains)):.2f}", *cells)
+        table.add_row(
+            str(layer), f"{mutual_information(counts_CE):.3f} of {math.log2(len(domains)):.2f}", *cells
+        )
     out.print(table)
 
 
@@ -127,7 +131,9 @@ def _show_comparison(out: Console, outcomes: list[Outcome]) -> None:
     for name in ("model", "parameters", "active", "steps", "seconds", "held-out loss"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for o in outcomes:
-        table.add_row(o.name, f"{o.total:,}", f"{o.active:,}", f"{o.steps:,}", f"{o.seconds:.0f}", f"{o.loss:.4f}")
+        table.add_row(
+            o.name, f"{o.total:,}", f"{o.active:,}", f"{o.steps:,}", f"{o.seconds:.0f}", f"{o.loss:.4f}"
+        )
     out.print(table)
     sparse, steps, seconds = (o.loss for o in outcomes)
     for label, dense in (("the same steps", steps), ("the same time", seconds)):
@@ -140,6 +146,9 @@ def _show_next(out: Console, run: Path) -> None:
     out.print(Text("try next:"))
     out.print(Text(f'  .venv/bin/moesaic generate {run} --prompt "class Queue:"'), soft_wrap=True)
     out.print(
-        Text(f'  .venv/bin/moesaic inspect {run} --prompt "class Queue:" --tokens --out routing.png'), soft_wrap=True
+        Text(f'  .venv/bin/moesaic inspect {run} --prompt "class Queue:" --tokens --out routing.png'),
+        soft_wrap=True,
     )
-    out.print(Text("  .venv/bin/moesaic train char      # Shakespeare, character by character"), soft_wrap=True)
+    out.print(
+        Text("  .venv/bin/moesaic train char      # Shakespeare, character by character"), soft_wrap=True
+    )

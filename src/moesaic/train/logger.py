@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -75,7 +75,10 @@ class MLflowTracker:
         self.mlflow.end_run()
 
 
-TRACKERS = {"tensorboard": TensorBoardTracker, "mlflow": MLflowTracker}
+TRACKERS: dict[str, Callable[[Path, Recipe], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "mlflow": MLflowTracker,
+}
 
 
 class Logger:
@@ -92,9 +95,8 @@ class Logger:
         self.console = console or Console(file=sys.stderr)
         self.run = run
         self.files: dict[str, IO[str]] = {}
+        self.recipe = recipe
         self.tracker: Tracker | None = None
-        if recipe.tracker != "none":
-            self.tracker = TRACKERS[recipe.tracker](run, recipe)
         self.live = Live(console=self.console, refresh_per_second=8, transient=True)
         self.in_terminal = self.console.is_terminal and not self.console.is_dumb_terminal
         if self.in_terminal:
@@ -102,12 +104,19 @@ class Logger:
         self.last_plain = 0.0
         self.pace: list[tuple[float, int]] = []
 
+    def start_tracker(self) -> None:
+        """Open the tracker that the recipe names, if any."""
+        if self.recipe.tracker != "none":
+            self.tracker = TRACKERS[self.recipe.tracker](self.run, self.recipe)
+
     def row(self, row: Mapping[str, Any]) -> None:
         """Append one row (``step``, ``split``, ``loss``, ``tokens``, ``time``, …)."""
         self._append("metrics.jsonl", row)
         if self.tracker is not None:
             split = row["split"]
-            numbers = {f"{split}_{k}": float(v) for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+            numbers = {
+                f"{split}_{k}": float(v) for k, v in row.items() if isinstance(v, int | float) and k != "step"
+            }
             self.tracker.log(row["step"], numbers)
 
     def load(self, row: Mapping[str, Any]) -> None:
@@ -122,7 +131,7 @@ class Logger:
         if not (self.in_terminal or due):
             return
         (then, first), (last, latest) = self.pace[0], self.pace[-1]
-        eta = (last - then) / (latest - first) * (self.steps - step) if latest > first else 0.0
+        eta = (last - then) / (latest - first) * (self.steps - step) if latest > first else None
         parts = [
             f"step {step}/{self.steps}",
             f"loss {loss:.4f}",
@@ -160,8 +169,10 @@ class Logger:
         file.flush()
 
 
-def _clock(seconds: float) -> str:
-    seconds = int(seconds)
+def _clock(time_left: float | None) -> str:
+    if time_left is None:
+        return "…"
+    seconds = int(time_left)
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"

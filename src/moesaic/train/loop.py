@@ -40,10 +40,11 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         check_same_run(stored_recipe(run), recipe, run)
     _make_directory(run)
     with RunLock(run), Interrupt() as interrupt:
-        create(run, recipe)
         log = Logger(run, recipe, console)
         try:
             session = build_session(recipe, log.say)
+            create(run, recipe)  # only now: bad data leaves no half-made run behind
+            log.start_tracker()
             progress = _start(session, run, log)
             _loop(session, progress, run, log, interrupt)
             _finish(session, progress, run, log)
@@ -60,6 +61,7 @@ def run(name: str, overrides: Sequence[str] = (), *, resume: bool = False) -> Pa
 def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrupt: Interrupt) -> None:
     recipe, options = session.recipe, session.recipe.train
     meter = _Meter()
+    session.model.train()
     while progress.step < options.steps:
         step = progress.step + 1
         started = time.perf_counter()
@@ -97,7 +99,6 @@ def train_step(session: Session, step: int) -> tuple[list[Loss], float | None]:
     Nothing is updated then, so the weights are still those of the step before.
     """
     options = session.recipe.train
-    session.model.train()
     losses = []
     for part, batch in enumerate(session.micro_batches(step)):
         torch.manual_seed(step_seed(session.recipe.seed, step, part))
@@ -123,8 +124,10 @@ def train_step(session: Session, step: int) -> tuple[list[Loss], float | None]:
 
 
 def _after_step(session: Session, losses: list[Loss]) -> None:
-    """Tell each router what its experts were asked for, over the whole batch."""
+    """Tell each router that follows the load what its experts were asked for in the whole batch."""
     for index, layer in enumerate(session.model.moe_modules()):
+        if not layer.gate.follows_load:
+            continue
         routings = [loss.routings[index] for loss in losses]
         layer.gate.after_step(torch.stack([r.counts_E(wanted=True) for r in routings]).sum(0))
 
@@ -139,16 +142,20 @@ def _not_finite(
 ) -> Progress:
     """What ``train.on_nan`` says: raise, pass over this batch, or go back and pass over it."""
     value = losses[-1].total.item()
-    what = f"step {step}: the loss or its gradient is not finite (loss {value}, part {len(losses)} of the batch)"
+    what = (
+        f"step {step}: the loss or its gradient is not finite (loss {value}, part {len(losses)} of the batch)"
+    )
     policy = session.recipe.train.on_nan
     if policy == "stop":
         raise DivergedError(
-            f"{what}; the weights of step {progress.step} are untouched and the newest checkpoint in {run} is "
+            f"{what}; the weights of step {progress.step} are untouched, the newest checkpoint in {run} is "
             "good; lower optim.lr, set train.clip, or set train.on_nan to 'skip' or 'rollback'"
         )
     if len(progress.passed_over) >= _MOST_PASSED_OVER:
         raise DivergedError(f"{what}; {_MOST_PASSED_OVER} batches were passed over before it")
-    log.row({"step": step, "split": "skipped", "loss": None, "tokens": progress.tokens, "time": progress.seconds})
+    log.row(
+        {"step": step, "split": "skipped", "loss": None, "tokens": progress.tokens, "time": progress.seconds}
+    )
     passed_over = [*progress.passed_over, step]
     if policy == "rollback":
         checkpoint = newest_valid(run, log.say)
@@ -271,10 +278,12 @@ class _Meter:
             "tokens_per_second": self.steps * options.batch_size * options.seq_len / self.seconds,
             "lr": session.optimizers[-1].param_groups[0]["lr"],
             "grad_norm": self.norm,
-            **parts,
+            **{f"loss_{name}": value for name, value in parts.items()},
         }
         if self.last[0].routings:
-            wanted_LE = torch.stack([counts_per_layer(loss.routings, wanted=True) for loss in self.last]).sum(0)
+            wanted_LE = torch.stack([counts_per_layer(loss.routings, wanted=True) for loss in self.last]).sum(
+                0
+            )
             load = summarise_load(wanted_LE)
             row |= {"balance": load.balance, "balance_layers": [round(b, 4) for b in load.balance_L]}
             row |= {"dead": load.dead_share, "load_entropy": load.entropy}

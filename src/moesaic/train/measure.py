@@ -42,6 +42,7 @@ def measure(session: Session, repeats: int = 5) -> Cost:
     """
     recipe, options = session.recipe, session.recipe.train
     seconds = []
+    session.model.train()
     for step in range(1, repeats + 3):
         set_learning_rate(session.optimizers, schedule_factor(recipe.schedule, step, options.steps))
         start = time.perf_counter()
@@ -83,37 +84,39 @@ def dry_run(recipe: Recipe, say: Callable[[str], None]) -> list[tuple[str, str]]
     """
     session = build_session(recipe, say)
     cost = measure(session)
-    config = session.model.config
+    config, store = session.model.config, session.store
     experts = config.experts.count * len(config.moe_layers)
+    state, peak = human_size(cost.state_bytes), human_size(cost.peak_bytes)
+    disk, checkpoint = human_size(cost.disk_bytes), human_size(cost.checkpoint_bytes)
+    steps = f"{recipe.train.steps:,} steps on {session.device}"
     return [
         ("parameters", f"{cost.parameters:,} in all, {cost.active:,} active per token, {experts:,} experts"),
-        ("training tokens", f"{session.store.train_tokens:,} in {', '.join(session.store.domains)}"),
-        ("memory", f"{human_size(cost.state_bytes)} weights, gradients and optimizer; {human_size(cost.peak_bytes)} at the peak of a step"),
-        ("disk", f"{human_size(cost.disk_bytes)}, of it {human_size(cost.checkpoint_bytes)} per checkpoint"),
-        ("one step", f"{1000 * cost.step_seconds:.0f} ms, {cost.tokens_per_step / cost.step_seconds:,.0f} tokens/s, "
-                     f"{cost.flops_per_step / cost.step_seconds / 1e9:,.0f} GFLOP/s"),
+        ("training tokens", f"{store.train_tokens:,} in {', '.join(store.domains)}"),
+        ("memory", f"{state} weights, gradients and optimizer; {peak} at the peak of a step"),
+        ("disk", f"{disk}, of it {checkpoint} per checkpoint"),
+        ("one step", f"{_pace(cost)}, {cost.flops_per_step / cost.step_seconds / 1e9:,.0f} GFLOP/s"),
         ("one evaluation", f"{cost.eval_seconds:.1f} s"),
-        ("whole run", f"{_duration(cost.total_seconds)} for {recipe.train.steps:,} steps on {session.device}"),
-    ]  # fmt: skip
+        ("whole run", f"{_duration(cost.total_seconds)} for {steps}"),
+    ]
 
 
 def bench(recipe: Recipe, say: Callable[[str], None]) -> list[tuple[str, str]]:
     """Training and decoding speed of a recipe beside the machine's own limits, from one run."""
     session = build_session(recipe, say)
     cost = measure(session, repeats=20)
-    bf16 = session.bf16
-    rate = matmul_rate(torch.bfloat16 if bf16 else torch.float32, device=session.device)
+    rate = matmul_rate(torch.bfloat16 if session.bf16 else torch.float32, device=session.device)
     achieved = cost.flops_per_step / cost.step_seconds
     decode = _decode_rate(session)
     weights = session.model.config.parameters().active * 4
     bandwidth = read_bandwidth(device=session.device)
+    name = "bf16" if session.bf16 else "fp32"
     return [
-        ("machine", f"{rate / 1e9:,.0f} GFLOP/s ({'bf16' if bf16 else 'fp32'} 2048³), reads {bandwidth / 1e9:.1f} GB/s"),
-        ("training step", f"{1000 * cost.step_seconds:.1f} ms, {cost.tokens_per_step / cost.step_seconds:,.0f} tokens/s"),
+        ("machine", f"{rate / 1e9:,.0f} GFLOP/s ({name} 2048³), reads {bandwidth / 1e9:.1f} GB/s"),
+        ("training step", _pace(cost)),
         ("", f"{achieved / 1e9:,.0f} GFLOP/s, {achieved / rate:.2f} of the machine's matmul rate"),
         ("decoding", f"{decode:,.0f} tokens/s with the cache, one stream"),
         ("", f"{decode * weights / bandwidth:.2f} of the machine's bandwidth over the active weights"),
-    ]  # fmt: skip
+    ]
 
 
 def _decode_rate(session: Session, repeats: int = 5) -> float:
@@ -131,8 +134,18 @@ def _decode_rate(session: Session, repeats: int = 5) -> float:
 def _eval_seconds(session: Session) -> float:
     """Seconds of one whole evaluation, measured once."""
     start = time.perf_counter()
-    evaluate(session.model, session.store, session.eval_batch_size(), session.recipe.train.seq_len, session.precision)
+    evaluate(
+        session.model,
+        session.store,
+        session.eval_batch_size(),
+        session.recipe.train.seq_len,
+        session.precision,
+    )
     return time.perf_counter() - start
+
+
+def _pace(cost: Cost) -> str:
+    return f"{1000 * cost.step_seconds:.1f} ms, {cost.tokens_per_step / cost.step_seconds:,.0f} tokens/s"
 
 
 def _duration(seconds: float) -> str:

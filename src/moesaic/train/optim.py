@@ -165,11 +165,9 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float
             group["lr"] = group["base_lr"] * factor
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """All optimizer state as ``parameter name/state name`` to tensor."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value
         for optimizer in optimizers
@@ -187,8 +185,8 @@ def load_optimizer_tensors(
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters[name]
-        # Step counters stay on the CPU, as AdamW made them, unless it is fused on another device.
-        owner[parameter].state[parameter][key] = tensor.to(parameter.device)
+        # A clone: what a checkpoint gives are maps of its files, which pruning will remove.
+        owner[parameter].state[parameter][key] = tensor.to(parameter.device).clone()
 
 
 def _for_muon(name: str, parameter: nn.Parameter) -> bool:

@@ -21,9 +21,10 @@ class TrainOptions(Options):
 
     One step sees ``batch_size`` windows of ``seq_len`` tokens in ``accumulate`` equal parts.
     ``precision = "auto"`` is bf16 where the processor multiplies it in hardware, else fp32; the
-    weights and the optimizer stay fp32 either way. ``freeze`` names parameters by pattern (``model.layers.*.mlp.experts.*``); ``only`` trains
-    nothing but what it names. ``on_nan`` says what a loss that is not finite does: ``stop`` the
-    run, ``skip`` that batch, or ``rollback`` to the last checkpoint and pass over that batch.
+    weights and the optimizer stay fp32 either way. ``freeze`` names parameters by pattern
+    (``model.layers.*.mlp.experts.*``); ``only`` trains nothing but what it names. ``on_nan`` says what
+    a loss that is not finite does: ``stop`` the run, ``skip`` that batch, or ``rollback`` to the last
+    checkpoint and pass over that batch.
     """
 
     steps: int = Field(1000, ge=1)
@@ -34,8 +35,8 @@ class TrainOptions(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     clip: float | None = Field(None, gt=0)
     log_every: int = Field(10, ge=1)
-    freeze: list[str] = []
-    only: list[str] = []
+    freeze: list[str] = Field([])
+    only: list[str] = Field([])
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
 
     @model_validator(mode="after")
@@ -105,7 +106,9 @@ class Recipe(Options):
 def builtin_recipes() -> dict[str, Path]:
     """Name to file of every recipe shipped in the package, sorted."""
     folder = resources.files("moesaic") / "recipes"
-    return {Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".toml")}
+    return {
+        Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".toml")
+    }
 
 
 def recipe_path(name: str) -> Path:

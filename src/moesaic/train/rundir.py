@@ -1,6 +1,6 @@
 """A run directory: what it holds, who may open it, and how its metrics are read and cut back.
 
-    recipe.toml  env.json  metrics.jsonl  load.jsonl  checkpoints/step-…/  latest  plots/  model/
+recipe.toml  env.json  metrics.jsonl  load.jsonl  checkpoints/step-…/  latest  plots/  model/
 """
 
 import json
@@ -46,7 +46,9 @@ def _checked(path: Path, resume: bool) -> Path:
     if resume and not is_run:
         raise RecipeError(f"{path}: holds no run to resume (no recipe.toml)")
     if is_run and not resume:
-        raise RecipeError(f"{path}: already holds a run; add --resume to continue it or choose another out=DIR")
+        raise RecipeError(
+            f"{path}: already holds a run; add --resume to continue it or choose another out=DIR"
+        )
     if path.exists() and not is_run and not all(_BEFORE_A_RUN.fullmatch(p.name) for p in path.iterdir()):
         raise RecipeError(f"{path}: is not empty and is no run; choose another out=DIR")
     return path

@@ -120,7 +120,9 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
         if isinstance(error, RuntimeError) and "alloc" not in str(error):
             raise
         size = recipe.model.model_copy(update={"vocab_size": vocabulary}).parameters().total * 4 / 1e9
-        raise ResourceError(f"no memory for a model of {size:,.1f} GB; make model.width or experts smaller") from None
+        raise ResourceError(
+            f"no memory for a model of {size:,.1f} GB; make model.width or experts smaller"
+        ) from None
     freeze(model, recipe, say)
     return Session(
         recipe=recipe,
@@ -168,7 +170,9 @@ def _freeze_table(named: dict[str, nn.Parameter]) -> list[str]:
     kinds: dict[tuple[str, bool], int] = {}
     for name, parameter in named.items():
         folded = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        kinds[folded, parameter.requires_grad] = kinds.get((folded, parameter.requires_grad), 0) + parameter.numel()
+        kinds[folded, parameter.requires_grad] = (
+            kinds.get((folded, parameter.requires_grad), 0) + parameter.numel()
+        )
     return [f"{'trains' if on else 'frozen'}  {name}  {count:,}" for (name, on), count in kinds.items()]
 
 
