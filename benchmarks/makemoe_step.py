@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import reference
 from timing import header, median_seconds
 
+from moesaic.machine import keep_freed_memory
 from moesaic.model.transformer import LanguageModel
 from moesaic.train.objectives import Batch, next_token
 from moesaic.train.optim import build_optimizers
@@ -21,6 +22,7 @@ from moesaic.train.recipe import load_recipe
 
 def main() -> None:
     print(header())
+    keep_freed_memory()
     recipe = load_recipe("makemoe")
     config = recipe.model.model_copy(update={"vocab_size": 65})
     torch.manual_seed(0)

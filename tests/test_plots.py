@@ -42,7 +42,7 @@ def test_load_heatmap_of_layers_without_any_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("layers", "domains", "experts"), [(1, 2, 2), (5, 3, 8)])
 def test_specialisation_heatmap(layers: int, domains: int, experts: int, tmp_path: Path) -> None:
     share_LCE = torch.rand(layers, domains, experts, generator=torch.Generator().manual_seed(0))
-    names = ["plain", "with $ and _", "水"][:domains]
+    names = ["plain", "with $ and _", "élan"][:domains]
     specialisation_heatmap(share_LCE.softmax(-1), range(layers), names, tmp_path / "domains.png")
     assert min(size(tmp_path / "domains.png")) > 150
 

@@ -133,7 +133,10 @@ def inspect(
     if picture is not None:
         if picture.suffix.lower() != ".png":
             raise RecipeError(f"--out {picture}: the picture is a PNG; give a name that ends in .png")
-        routing.draw(picture)
+        try:
+            routing.draw(picture)
+        except OSError as error:
+            raise RecipeError(f"--out {picture}: cannot be written: {error.strerror}") from None
     if as_json:
         typer.echo(json.dumps(routing.as_json()))
         return

@@ -14,6 +14,7 @@ from moesaic.config import validate
 from moesaic.data.tokenizers import StreamDecoder, Tokenizer
 from moesaic.errors import CheckpointError, RecipeError
 from moesaic.generate import SampleOptions, stream
+from moesaic.machine import keep_freed_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.routing import Routing
@@ -124,6 +125,7 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
         raise RecipeError(f"{path}: no such directory")
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise RecipeError(f"device = {device!r}: PyTorch sees none such here; use cpu, or cuda where it is")
+    keep_freed_memory()
     path, contents = _find(path)
     try:
         described = contents.json["moesaic.json"]

@@ -42,7 +42,8 @@ def loss_curve(train: Sequence[dict[str, Any]], val: Sequence[dict[str, Any]], p
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if train or val:
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=_DPI)
 
 

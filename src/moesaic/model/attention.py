@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moesaic.config import Options
+from moesaic.model.dropout import dropout
 from moesaic.model.norm import RMSNorm
 
 
@@ -140,25 +141,25 @@ class Attention(nn.Module):
         v_BMTH = v.view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             k_BMTH, v_BMTH = cache.append(layer, k_BMTH, v_BMTH)
-        dropout = self.dropout if self.training else 0.0
-        y_BNTH = attend(q_BNTH, k_BMTH, v_BMTH, allowed_BTS, self.scale, dropout)
+        p = self.dropout if self.training else 0.0
+        y_BNTH = attend(q_BNTH, k_BMTH, v_BMTH, allowed_BTS, self.scale, p)
         y_BTD: Tensor = self.o_proj(y_BNTH.transpose(1, 2).reshape(B, T, -1))
-        return F.dropout(y_BTD, self.dropout, self.training)
+        return dropout(y_BTD, self.dropout, self.training)
 
 
 def attend(
-    q_BNTH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, allowed_BTS: Tensor | None, scale: float, dropout: float
+    q_BNTH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, allowed_BTS: Tensor | None, scale: float, p: float
 ) -> Tensor:
     """Softmax attention, [B, N, T, H]; causal where ``allowed_BTS`` is None."""
     on_cpu, bf16 = q_BNTH.device.type == "cpu", q_BNTH.dtype == torch.bfloat16
-    if on_cpu and bf16 and torch.is_grad_enabled() and k_BMSH.shape[2] <= 512:
-        return _plain_attention(q_BNTH, k_BMSH, v_BMSH, allowed_BTS, scale, dropout)
+    if on_cpu and (bf16 or p > 0) and torch.is_grad_enabled() and k_BMSH.shape[2] <= 512:
+        return _plain_attention(q_BNTH, k_BMSH, v_BMSH, allowed_BTS, scale, p)
     return F.scaled_dot_product_attention(
         q_BNTH,
         k_BMSH,
         v_BMSH,
         attn_mask=None if allowed_BTS is None else allowed_BTS[:, None],
-        dropout_p=dropout,
+        dropout_p=p,
         is_causal=allowed_BTS is None and q_BNTH.shape[2] > 1,
         scale=scale,
         enable_gqa=q_BNTH.shape[1] != k_BMSH.shape[1],
@@ -166,10 +167,11 @@ def attend(
 
 
 def _plain_attention(
-    q_BNTH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, allowed_BTS: Tensor | None, scale: float, dropout: float
+    q_BNTH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, allowed_BTS: Tensor | None, scale: float, p: float
 ) -> Tensor:
-    """The same by plain products. PyTorch's CPU flash attention is slow backwards in bf16: 87 ms
-    against 25 ms (B 64, N 4, T 128, H 64, two cores). Past 512 keys the scores take too much room."""
+    """The same by plain products. PyTorch's CPU flash attention is slow backwards in bf16 (87 ms
+    against 25 ms at B 64, N 4, T 128, H 64, two cores) and has no dropout. Past 512 keys the scores
+    take too much room."""
     N, T, M, S = q_BNTH.shape[1], q_BNTH.shape[2], k_BMSH.shape[1], k_BMSH.shape[2]
     if M != N:
         k_BMSH, v_BMSH = (x.repeat_interleave(N // M, dim=1) for x in (k_BMSH, v_BMSH))
@@ -179,7 +181,7 @@ def _plain_attention(
         barrier = torch.zeros(1, dtype=q_BNTH.dtype).masked_fill(~allowed_BTS[:, None], -torch.inf)
     with torch.autocast("cpu", enabled=False):  # it would carry the scores in float32
         score_BNTS = ((q_BNTH * scale) @ k_BMSH.mT).add_(barrier)
-        return F.dropout(score_BNTS.softmax(-1), dropout) @ v_BMSH
+        return dropout(score_BNTS.softmax(-1), p, True) @ v_BMSH
 
 
 def allowed_keys(

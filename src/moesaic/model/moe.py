@@ -7,9 +7,9 @@ R rows (the kept token-expert pairs, sorted by expert; perhaps fillers between e
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.model.dropout import dropout
 from moesaic.model.experts import ExpertOptions, Experts, FeedForward, FFNOptions
 from moesaic.model.routers import BaseRouterOptions, build_router
 from moesaic.routing import Routing
@@ -44,7 +44,7 @@ class MoE(nn.Module):
         token_R = (order_R // K).clamp(max=T - 1)  # a filler row holds some token; nothing reads it
         rows_RD = _Dispatch.apply(x_TD, token_R, place_TK)  # type: ignore[no-untyped-call]
         rows_RD = self.experts(rows_RD, counts_E)
-        rows_RD = F.dropout(rows_RD, self.dropout, self.training)
+        rows_RD = dropout(rows_RD, self.dropout, self.training)
         y_TD: Tensor = _Combine.apply(rows_RD, routing.weight_TK, order_R, token_R, place_TK)  # type: ignore[no-untyped-call]
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)

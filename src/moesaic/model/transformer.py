@@ -8,11 +8,11 @@ Shape legend: B batch, T positions of this call, S positions with the cache, D w
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.model.attention import Attention, KVCache, Rope, allowed_keys
 from moesaic.model.config import ModelConfig
+from moesaic.model.dropout import dropout
 from moesaic.model.experts import FeedForward
 from moesaic.model.init import initialise
 from moesaic.model.moe import MoE
@@ -58,7 +58,7 @@ class Block(nn.Module):
         if isinstance(self.mlp, MoE):
             y_TD, routing = self.mlp(h_BTD.flatten(0, 1), real_T)
             return x_BTD + y_TD.view_as(x_BTD).to(x_BTD.dtype), routing
-        return x_BTD + F.dropout(self.mlp(h_BTD), self.dropout, self.training), None
+        return x_BTD + dropout(self.mlp(h_BTD), self.dropout, self.training), None
 
 
 class Decoder(nn.Module):

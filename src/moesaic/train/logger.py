@@ -16,6 +16,7 @@ from moesaic.config import flatten
 from moesaic.errors import RecipeError
 from moesaic.machine import peak_memory
 from moesaic.train.recipe import Recipe
+from moesaic.train.rundir import cut_rows
 
 
 class Tracker(Protocol):
@@ -123,6 +124,13 @@ class Logger:
         """Append one row of expert loads to the side file ``load.jsonl``."""
         self._append("load.jsonl", row)
 
+    def cut(self, step: int) -> None:
+        """Drop the rows of steps after ``step``, which are made again."""
+        for name in ("metrics.jsonl", "load.jsonl"):
+            if name in self.files:
+                self.files.pop(name).close()
+            cut_rows(self.run / name, step)
+
     def progress(self, step: int, loss: float, tokens_per_second: float, balance: float | None) -> None:
         """Show where training is. Cheap enough for every step."""
         now = time.monotonic()
@@ -161,7 +169,7 @@ class Logger:
             self.tracker.close()
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        # Opened at the first row: before that, a resumed run cuts its logs back.
+        # Opened at the first row and again after a cut, which puts another file in its place.
         file = self.files.get(name)
         if file is None:
             file = self.files[name] = (self.run / name).open("a", encoding="utf-8")

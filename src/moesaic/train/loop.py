@@ -20,7 +20,7 @@ from moesaic.train.logger import Logger
 from moesaic.train.objectives import Loss
 from moesaic.train.optim import schedule_factor, set_learning_rate
 from moesaic.train.recipe import Recipe, load_recipe
-from moesaic.train.rundir import check_same_run, choose_directory, create, cut_rows, read_rows, stored_recipe
+from moesaic.train.rundir import check_same_run, choose_directory, create, read_rows, stored_recipe
 from moesaic.train.session import Progress, Session, build_session, step_seed
 from moesaic.weights.checkpoint import newest_valid, save, write_checkpoint
 
@@ -153,19 +153,20 @@ def _not_finite(
         )
     if len(progress.passed_over) >= _MOST_PASSED_OVER:
         raise DivergedError(f"{what}; {_MOST_PASSED_OVER} batches were passed over before it")
-    log.row(
-        {"step": step, "split": "skipped", "loss": None, "tokens": progress.tokens, "time": progress.seconds}
-    )
     passed_over = [*progress.passed_over, step]
     if policy == "rollback":
         checkpoint = newest_valid(run, log.say)
         if checkpoint is None:
             raise DivergedError(f"{what}; there is no checkpoint yet to roll back to")
         progress = session.restore(checkpoint)
+        log.cut(progress.step)
         log.say(f"{what}; rolled back to step {progress.step}, will pass over that batch")
     else:
         log.say(f"{what}; passed over")
     progress.passed_over = passed_over
+    log.row(
+        {"step": step, "split": "skipped", "loss": None, "tokens": progress.tokens, "time": progress.seconds}
+    )
     return progress
 
 
@@ -215,8 +216,7 @@ def _start(session: Session, run: Path, log: Logger) -> Progress:
     """Go to the newest valid checkpoint, and cut the logs back to it."""
     checkpoint = newest_valid(run, log.say)
     progress = Progress() if checkpoint is None else session.restore(checkpoint)
-    for name in ("metrics.jsonl", "load.jsonl"):
-        cut_rows(run / name, progress.step)
+    log.cut(progress.step)
     counts = session.model.config.parameters()
     size = f"{counts.total:,} parameters, {counts.active:,} active per token"
     if checkpoint is not None:

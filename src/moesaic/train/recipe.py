@@ -58,7 +58,7 @@ class EvalOptions(Options):
     every: int = Field(500, ge=1)
     batch_size: int | None = Field(None, ge=1)
     sample: int = Field(200, ge=0)
-    prompt: str | None = None
+    prompt: str | None = Field(None, min_length=1)
 
 
 class Recipe(Options):

@@ -12,7 +12,9 @@ from torch import nn
 
 from moesaic.data.pretrain import TokenStore, prepare
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
-from moesaic.machine import multiplies_bf16
+from moesaic.files import human_size
+from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
+from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel
 from moesaic.train.objectives import Batch, Objective, next_token
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
@@ -100,6 +102,7 @@ class Session:
 
 def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
     """Prepare the data, then build and seed the model; prints what is frozen through ``say``."""
+    keep_freed_memory()
     device = _device(recipe)
     store = prepare(recipe.data, progress=say)
     # A corpus shorter than the window is refused here, not after the model has been built.
@@ -113,16 +116,12 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
             f"model.vocab_size = {vocabulary} is below the tokenizer's {store.tokenizer.vocab_size}; "
             "leave the key out to take the tokenizer's"
         )
+    if recipe.eval.prompt is not None:  # better refused here than at the first sample
+        store.tokenizer.encode(recipe.eval.prompt)
+    config = recipe.model.model_copy(update={"vocab_size": vocabulary})
+    _check_memory(config, recipe, device)
     torch.manual_seed(recipe.seed)
-    try:
-        model = LanguageModel(recipe.model.model_copy(update={"vocab_size": vocabulary})).to(device)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error):
-            raise
-        size = recipe.model.model_copy(update={"vocab_size": vocabulary}).parameters().total * 4 / 1e9
-        raise ResourceError(
-            f"no memory for a model of {size:,.1f} GB; make model.width or experts smaller"
-        ) from None
+    model = LanguageModel(config).to(device)
     freeze(model, recipe, say)
     return Session(
         recipe=recipe,
@@ -133,6 +132,22 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
         device=device,
         trainable=[p for p in model.parameters() if p.requires_grad],
     )
+
+
+def _check_memory(config: ModelConfig, recipe: Recipe, device: str) -> None:
+    """Refuse a model that cannot fit: Linux promises memory it lacks, and kills whoever then uses it."""
+    memory = total_memory()
+    if device != "cpu" or memory is None:
+        return
+    # Weights, gradients and one or two moments, all float32; what is frozen has only weights.
+    partly = recipe.train.freeze or recipe.train.only
+    copies = 1 if partly else 4 if recipe.optim.kind == "adamw" else 3
+    needed = 4 * copies * config.parameters().total
+    if needed > memory:
+        raise ResourceError(
+            f"training this model takes at least {human_size(needed)} of memory and this machine has "
+            f"{human_size(memory)}; make model.width, model.layers or model.experts smaller"
+        )
 
 
 def freeze(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> None:
