@@ -150,7 +150,7 @@ class _ExpertFFN(torch.autograd.Function):
 
     Indexing a stacked parameter, ``W[e]``, would allocate one full-size zero gradient per expert
     in backward. Here each expert's gradient is written into its slice, once. Only the input rows
-    and the pre-activation are kept; the activation is computed again.
+    and the pre-activation are kept (what the ReLU left of it); the activation is computed again.
     """
 
     @staticmethod
@@ -168,7 +168,9 @@ class _ExpertFFN(torch.autograd.Function):
         y_RD = x_RD.new_empty(len(x_RD), down_EDH.shape[1])
         for e, rows in _slices(counts_E):
             _affine(x_RD[rows], first_EGD[e], None if up_bias_EG is None else up_bias_EG[e], z_RG[rows])
-        a_RH = activate(z_RG, kind)
+        if kind in ("relu", "relu2"):
+            z_RG.relu_()  # all that forward and backward need of it, and no second buffer
+        a_RH = z_RG if kind == "relu" else activate(z_RG, kind)
         for e, rows in _slices(counts_E):
             _affine(a_RH[rows], down_EDH[e], None if down_bias_ED is None else down_bias_ED[e], y_RD[rows])
         ctx.save_for_backward(x_RD, z_RG, first_EGD, down_EDH)
@@ -184,7 +186,7 @@ class _ExpertFFN(torch.autograd.Function):
         slices = _slices(ctx.counts_E)
         d_down = _like_stack(down_EDH, ctx.counts_E) if need_down else None
         d_first = _like_stack(first_EGD, ctx.counts_E) if need_first else None
-        a_RH = activate(z_RG, ctx.kind)
+        a_RH = z_RG if ctx.kind == "relu" else activate(z_RG, ctx.kind)
         da_RH = torch.empty_like(a_RH)
         for e, rows in slices:
             if d_down is not None:

@@ -61,22 +61,27 @@ def sort_by_expert(routing: Routing, multiple: int = 1) -> tuple[Tensor, Tensor,
     each choice, R where it is not kept) and the number of rows of each expert, fillers included.
     """
     num_experts, device = routing.num_experts, routing.expert_TK.device
+    # Choices that are not kept belong to one expert more, which sorts last.
     expert_N = torch.where(routing.keep_TK, routing.expert_TK, num_experts).flatten()
     order_N = expert_N.argsort(stable=True)
     count_E = torch.bincount(expert_N, minlength=num_experts + 1)[:num_experts]
-    filled_E = (count_E + multiple - 1) // multiple * multiple
-    counts_E = filled_E.tolist()
-    rows, choices = sum(counts_E), len(expert_N)
-    # How far filling moves an expert's rows down; choices that are not kept all move to row R.
-    shift_E = torch.cat([filled_E.cumsum(0) - filled_E - count_E.cumsum(0) + count_E, filled_E.new_zeros(1)])
-    sorted_N = expert_N[order_N]
-    row_N = torch.arange(choices, device=device) + shift_E[sorted_N]
-    row_N = torch.where(sorted_N < num_experts, row_N, rows)
+    row_N = torch.arange(len(expert_N), device=device)
+    if multiple > 1:  # fillers move the rows of every later expert down
+        filled_E = (count_E + multiple - 1) // multiple * multiple
+        shift_E = (filled_E - count_E).cumsum(0) - (filled_E - count_E)
+        row_N = row_N + torch.cat([shift_E, shift_E.new_zeros(1)])[expert_N[order_N]]
+        count_E = filled_E
+    counts_E: list[int] = count_E.tolist()
+    rows, kept = sum(counts_E), int(routing.keep_TK.sum())
+    row_N[kept:] = rows
     place_N = torch.empty_like(order_N)
     place_N[order_N] = row_N
-    order_R1 = torch.full((rows + 1,), choices, device=device)
-    order_R1[row_N] = torch.where(sorted_N < num_experts, order_N, choices)
-    return order_R1[:rows], place_N.view_as(routing.expert_TK), counts_E
+    if rows == kept:
+        order_R = order_N[:kept]
+    else:
+        order_R = torch.full((rows,), len(expert_N), device=device)
+        order_R[row_N[:kept]] = order_N[:kept]
+    return order_R, place_N.view_as(routing.expert_TK), counts_E
 
 
 # Dispatch and combine are each other's transpose. Written as gathers in both directions: the
@@ -124,7 +129,7 @@ class _Combine(torch.autograd.Function):
 
 def _gather_sum(rows_RD: Tensor, weight_TK: Tensor | None, place_TK: Tensor) -> Tensor:
     """Sum over k of rows[place[:, k]], weighted; a place of R reads zero. Float32 or wider."""
-    if len(rows_RD) < place_TK.numel() or int(place_TK.max()) == len(rows_RD):
+    if int(place_TK.max()) == len(rows_RD):
         # Some choice was not kept: one more row, of zeros, stands for it.
         rows_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])
     dtype = torch.promote_types(rows_RD.dtype, torch.float32)
