@@ -24,7 +24,8 @@ ROUTED = ["balance", "dead", "drop", "load_entropy"]
 
 
 def test_a_run_learns_and_leaves_all_it_should(tmp_path: Path) -> None:
-    run = run_tiny(tmp_path, "run", "train.steps=60", "eval.every=30", "checkpoint.every=25", "optim.lr=0.01")
+    words = ["train.steps=60", "eval.every=30", "checkpoint.every=25", "optim.lr=0.01"]
+    run = run_tiny(tmp_path, "run", *words, drawn=True)
     every = read_rows(run / "metrics.jsonl")
     train = [row for row in every if row["split"] == "train"]
     val = [row for row in every if row["split"] == "val"]
@@ -44,9 +45,7 @@ def test_a_run_learns_and_leaves_all_it_should(tmp_path: Path) -> None:
     assert [row["time"] for row in every] == sorted(row["time"] for row in every)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000050", "step-00000060"]
     assert (run / "latest").read_text() == "step-00000060\n"
-    assert load_recipe(str(run)) == tiny(
-        tmp_path, f"out={run}", "train.steps=60", "eval.every=30", "checkpoint.every=25", "optim.lr=0.01"
-    )
+    assert load_recipe(str(run)) == tiny(tmp_path, f"out={run}", *words)
     assert "python" in json.loads((run / "env.json").read_text())
     pictures = sorted(p.name for p in (run / "plots").iterdir())
     assert {"loss.png", "load.png"} <= set(pictures)
@@ -270,7 +269,7 @@ def test_bf16_runs_and_keeps_float32_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["D", "MD"])
 def test_dense_and_mixed_models_train(pattern: str, tmp_path: Path) -> None:
-    run = run_tiny(tmp_path, "run", f"model.pattern={pattern}", "train.steps=2")
+    run = run_tiny(tmp_path, "run", f"model.pattern={pattern}", "train.steps=2", drawn=True)
     assert ("balance" in rows(run, "train")[0]) == ("M" in pattern)
     assert (run / "plots" / "loss.png").read_bytes().startswith(PNG)
 

@@ -215,3 +215,11 @@ def test_builtin_recipes_are_plain_tables_of_known_keys() -> None:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         assert keys(table) <= known
         validate(Recipe, table, where=path.stem)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_another_router_is_one_override_away(kind: str) -> None:
+    """The recipe's own router has keys that others do not know; they go with it."""
+    recipe = load_recipe("char", [f"model.router.kind={kind}"])
+    assert recipe.model.router.kind == kind
+    assert recipe.model.router.top_k == 2

@@ -75,9 +75,12 @@ def tiny(folder: Path, *overrides: str) -> Recipe:
     return load_recipe(str(tiny_file(folder)), overrides)
 
 
-def run_tiny(folder: Path, name: str, *overrides: str, resume: bool = False) -> Path:
-    """Train the tiny recipe into ``folder/name``."""
-    return train(tiny(folder, f"out={folder / name}", *overrides), resume=resume)
+def run_tiny(folder: Path, name: str, *overrides: str, resume: bool = False, drawn: bool = False) -> Path:
+    """Train the tiny recipe into ``folder/name``; its pictures, slower than its steps, only if ``drawn``."""
+    with pytest.MonkeyPatch.context() as patch:
+        for picture in () if drawn else ("loss_curve", "load_heatmap", "specialisation_heatmap"):
+            patch.setattr(loop, picture, lambda *given: None)
+        return train(tiny(folder, f"out={folder / name}", *overrides), resume=resume)
 
 
 def stop_during(patch: pytest.MonkeyPatch, step: int) -> None:

@@ -40,25 +40,25 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 class _RMSNorm(torch.autograd.Function):
     """PyTorch composes this norm of about 25 passes over memory on CPU; these are ten (3.3 ms against
-    1.2 ms for 4,096 × 192 float32, forward and backward, two cores)."""
+    1.2 ms for 4,096 × 192 float32, forward and backward, two cores). The mean square is float32; it is
+    applied in the input's precision, which for bf16 halves the traffic of queries and keys."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        x32 = x.float()
-        mean = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean.add_(eps).rsqrt_()
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
-        y: Tensor = (x32 * scale).mul_(weight).to(dtype)
+        y: Tensor = (x * scale).mul_(weight.to(x.dtype)).to(dtype)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        dy = dy.float()
-        unit = x.float() * scale
+        dy, scaler = dy.to(x.dtype), weight.to(x.dtype)
+        unit = x * scale
         product = dy * unit
-        d_weight = product.sum(dim=tuple(range(product.ndim - 1)))
-        mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        dx = (dy * weight).sub_(unit.mul_(mean)).mul_(scale)
-        return dx.to(x.dtype), d_weight, None, None
+        d_weight = product.sum(dim=tuple(range(product.ndim - 1)), dtype=weight.dtype)
+        mean = (product @ scaler).div_(x.shape[-1]).unsqueeze(-1)
+        dx = (dy * scaler).sub_(unit.mul_(mean)).mul_(scale)
+        return dx, d_weight, None, None

@@ -11,6 +11,7 @@ from moesaic.config import Options, apply_overrides, parse_overrides, read_toml,
 from moesaic.data.corpora import DataOptions
 from moesaic.errors import RecipeError
 from moesaic.model.config import ModelConfig
+from moesaic.model.routers import ROUTERS
 from moesaic.train.objectives import LossOptions
 from moesaic.train.optim import OptimOptions, ScheduleOptions
 from moesaic.weights.checkpoint import CheckpointOptions
@@ -124,10 +125,25 @@ def recipe_path(name: str) -> Path:
     raise RecipeError(f"{name!r} is no recipe: give {', '.join(builtin)}, a TOML file or a run directory")
 
 
+def _forget_old_router(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
+    """Where an override chooses another kind of router, drop what the recipe says of its own kind and
+    the new one does not know, so that routers are compared by one key."""
+    model = table.get("model")
+    router = model.get("router") if isinstance(model, dict) else None
+    kind = dict(pairs).get("model.router.kind")
+    if not isinstance(model, dict) or not isinstance(router, dict):
+        return
+    if kind in ROUTERS and kind != router.get("kind"):
+        known = ROUTERS[kind][0].model_fields
+        model["router"] = {key: value for key, value in router.items() if key in known}
+
+
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe. Raises RecipeError, a line per mistake."""
     path = recipe_path(name)
     table: dict[str, Any] = read_toml(path)
     table.setdefault("name", path.stem)
-    table = apply_overrides(table, parse_overrides(overrides))
+    pairs = parse_overrides(overrides)
+    _forget_old_router(table, pairs)
+    table = apply_overrides(table, pairs)
     return validate(Recipe, table, where=path.stem if path.parent.name == "recipes" else str(path))
