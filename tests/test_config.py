@@ -66,9 +66,7 @@ def refusal(*words: str, table: dict[str, Any] | None = None) -> str:
         ("-0.5", -0.5),
         ("true", True),
         ("False", False),
-        ("none", None),
-        ("None", None),
-        ("null", None),
+        ("none", "none"),  # what it means depends on the key: validation decides
         ("plain", "plain"),
         ("two words", "two words"),
         ("a/b.txt", "a/b.txt"),

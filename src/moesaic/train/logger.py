@@ -24,7 +24,7 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, finished: bool) -> None: ...
 
 
 class TensorBoardTracker:
@@ -41,7 +41,7 @@ class TensorBoardTracker:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
         self.writer.close()
 
 
@@ -72,8 +72,8 @@ class MLflowTracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.mlflow.log_metrics({k.replace("/", "_"): v for k, v in values.items()}, step=step)
 
-    def close(self) -> None:
-        self.mlflow.end_run()
+    def close(self, finished: bool) -> None:
+        self.mlflow.end_run("FINISHED" if finished else "KILLED")
 
 
 TRACKERS: dict[str, Callable[[Path, Recipe], Tracker]] = {
@@ -160,13 +160,14 @@ class Logger:
         """Print a line above the progress line. The text is not markup."""
         self.console.print(Text(text), soft_wrap=True)
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
+        """Stop showing and writing; a tracker is told whether the run came to its end."""
         if self.in_terminal:
             self.live.stop()
         for file in self.files.values():
             file.close()
         if self.tracker is not None:
-            self.tracker.close()
+            self.tracker.close(finished)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         # Opened at the first row and again after a cut, which puts another file in its place.

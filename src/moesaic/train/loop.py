@@ -40,7 +40,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         check_same_run(stored_recipe(run), recipe, run)
     _make_directory(run)
     with RunLock(run), Interrupt() as interrupt:
-        log = Logger(run, recipe, console)
+        log, finished = Logger(run, recipe, console), False
         try:
             session = build_session(recipe, log.say)
             create(run, recipe)  # only now: bad data leaves no half-made run behind
@@ -48,8 +48,9 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             progress = _start(session, run, log)
             _loop(session, progress, run, log, interrupt)
             _finish(session, progress, run, log)
+            finished = True
         finally:
-            log.close()
+            log.close(finished)
     return run
 
 
@@ -72,6 +73,7 @@ def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrup
             loss, norm = train_step(session, step)
             if norm is None:
                 progress = _not_finite(session, progress, step, loss, run, log)
+                meter = _Meter()
                 continue
             meter.add(loss, norm, time.perf_counter() - started)
         progress.step = step

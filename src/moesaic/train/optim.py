@@ -21,7 +21,8 @@ class OptimOptions(Options):
 
     ``lr`` is AdamW's or RMSProp's; ``matrix_lr`` is Muon's, for the matrices inside blocks (not
     embeddings, head, routers, norms or biases). ``decay`` applies weight decay to ``matrices``
-    only (everything with two or more dimensions) or to ``all`` parameters, as OLMoE does.
+    only (everything with two or more dimensions) or to ``all`` parameters, as OLMoE does. AdamW and
+    Muon decouple the decay from the gradient; RMSProp adds it to the gradient, as PyTorch's does.
     """
 
     kind: Literal["adamw", "rmsprop", "muon"] = "adamw"
