@@ -30,6 +30,7 @@ check: test
 bench: .venv/.dev
 	$(BIN)/python benchmarks/makemoe_step.py
 	$(BIN)/python benchmarks/makemoe_decode.py
+	$(BIN)/python benchmarks/cpu_choices.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -3,8 +3,8 @@
 Each contestant trains for every budget (seconds, evaluation counted) with its schedule spread over it; the
 number of steps is set from its own measured pace. Three seeds; the table has the median and the range.
 
-    python benchmarks/char_budget.py data.path=../shared/data/tiny_shakespeare.txt
-    python benchmarks/char_budget.py --budgets 30 90 --seeds 1 data.path=…
+    python benchmarks/char_budget.py data.path=FILE
+    python benchmarks/char_budget.py --budgets 30 90 --seeds 1 data.path=FILE
 """
 
 import argparse

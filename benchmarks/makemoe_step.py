@@ -1,7 +1,7 @@
 """One training step of the makeMoE model: ours against the plain reference of tests/reference.py.
 
 Both in float32 with dropout and router noise; the reference has one module per expert and per head,
-Python loops and unfused AdamW. `--compute bf16` adds ours under bf16 autocast.
+Python loops and unfused AdamW. Ours also under bf16 autocast.
 """
 
 import sys
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 class Step:
-    """One training step as the loop takes it: forward, backward, update."""
+    """Forward, backward and update, as in the reference; the loop's own duties are not in either."""
 
     def __init__(self, config, recipe, batch, precision):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Build, train, merge, inspect and serve sparse mixture-of-experts language models.
+"""Build, train and inspect sparse mixture-of-experts language models.
 
 import moesaic
 

@@ -1,7 +1,6 @@
 """The command line: one binary with verbs. Everything heavy is imported inside the verb."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,10 +27,6 @@ recipes_app = typer.Typer(no_args_is_help=False, help="List, show and copy the r
 app.add_typer(recipes_app, name="recipes")
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys: a.b=c or --a.b c; the last wins."),
-]
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A built-in name, a TOML file or a run directory.")
 ]
@@ -241,16 +236,10 @@ def main() -> None:
         app()
     except MoesaicError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe went away: not our failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except MemoryError:
         _fail(ResourceError("out of memory; make the batch, the window or the model smaller"))
     except RuntimeError as error:  # how PyTorch reports an allocation that failed, on CPU and on CUDA
-        if "not enough memory" not in str(error) and "out of memory" not in str(error):
+        if not any(words in str(error) for words in ("can't allocate memory", "out of memory")):
             raise
         _fail(ResourceError("out of memory; make train.batch_size, train.seq_len or the model smaller"))
 

@@ -3,6 +3,7 @@
 Shape legend: B batch, T positions, V vocabulary.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.routing import Routing
 from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint, step_of
+from moesaic.weights.manifest import is_valid
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
         contents.files["tokenizer.json"]
     except KeyError as missing:
         raise CheckpointError(f"{path}: is no moesaic model (no {missing.args[0]})") from None
+    if described.get("format") != 1:
+        raise CheckpointError(
+            f"{path}: is of format {described.get('format')!r}; this version reads format 1"
+        )
     config = validate(ModelConfig, described["model"], where=str(path / "moesaic.json"))
     with torch.device("meta"):
         model = LanguageModel(config)
@@ -154,9 +160,13 @@ def _find(path: Path) -> tuple[Path, Contents]:
         return path, read_checkpoint(path)
     if not (path / "recipe.toml").exists():
         raise RecipeError(f"{path}: holds no moesaic run and no model")
-    notes: list[str] = []
-    newest = newest_valid(path, notes.append)
     finished = path / "model"
+    try:
+        newest = newest_valid(path, warnings.warn)
+    except CheckpointError:
+        if not is_valid(finished):
+            raise
+        return finished, read_checkpoint(finished)
     if finished.is_dir():
         contents = read_checkpoint(finished)
         if newest is None or step_of(newest) <= contents.json["moesaic.json"]["step"]:

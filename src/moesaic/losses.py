@@ -25,7 +25,7 @@ def token_losses(
 
     The logits are made ``max_logits`` numbers at a time (2**24 are 64 MB in float32) and again in
     backward, so a vocabulary of 100,000 never stands in memory for all tokens at once. Where all
-    of them fit, nothing is computed twice.
+    of them fit, they are made once.
     """
     N = len(hidden_ND)
     vocabulary = head(hidden_ND[:1]).shape[-1] if N else 1

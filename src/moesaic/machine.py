@@ -93,7 +93,7 @@ def multiplies_bf16(device: str) -> bool:
     """Whether bfloat16 products run in hardware here. On other processors they are far slower than
     float32: AVX-512 without BF16, and every AVX2 laptop, convert each operand first."""
     if device != "cpu":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

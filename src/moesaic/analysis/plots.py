@@ -12,8 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-matplotlib.use("Agg")
-
 _DPI = 130
 _MAX_TOKENS = 120
 

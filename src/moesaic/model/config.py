@@ -122,28 +122,33 @@ class ModelConfig(Options):
         total = self.layers * block + self.width * self.vocabulary
         total += (self.layers - len(self.moe_layers)) * self.ffn.multiply_adds(self.width)
         routed = self.router.top_k * self.experts.multiply_adds(self.width)
-        router = self.experts.count * self.width * (2 if self.router.kind == "noisy_top_k" else 1)
+        router = self.router.multiply_adds(self.width, self.experts.count)
         shared = 0
-        if self.experts.shared_hidden:
-            matrices = 3 if self.experts.kind == "swiglu" else 2
-            shared = matrices * self.width * self.experts.shared_hidden
+        if self.experts.shared is not None:
+            shared = self.experts.shared.multiply_adds(self.width)
             shared += self.width if self.experts.shared_gate else 0
         total += len(self.moe_layers) * (routed + router + shared)
         return 2 * total
 
     def dense_twin(self) -> "ModelConfig":
-        """A dense model of equal active size: its FFNs are as wide as the experts a token uses."""
+        """A dense model of equal active size: its FFNs are as wide as the experts a token uses.
+
+        Raises ValueError for a pattern that has dense layers already, which have a width of their own.
+        """
+        if "D" in self.pattern:
+            raise ValueError(
+                f"pattern = {self.pattern!r} has dense layers; only an all-sparse model has a twin"
+            )
         experts = self.experts
         hidden = self.router.top_k * experts.hidden + experts.shared_hidden
         ffn = FFNOptions(kind=experts.kind, hidden=hidden, bias=experts.bias)
         return self.model_copy(update={"pattern": "D", "ffn": ffn})
 
     def _shared_expert_parameters(self) -> int:
-        experts = self.experts
-        if not experts.shared_hidden:
+        shared = self.experts.shared
+        if shared is None:
             return 0
-        shared = FFNOptions(kind=experts.kind, hidden=experts.shared_hidden, bias=experts.bias)
-        return shared.parameters(self.width) + (self.width if experts.shared_gate else 0)
+        return shared.parameters(self.width) + (self.width if self.experts.shared_gate else 0)
 
 
 class Parameters(Options):

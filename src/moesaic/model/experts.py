@@ -43,6 +43,13 @@ class ExpertOptions(FFNOptions):
     shared_hidden: int = Field(0, ge=0)
     shared_gate: bool = False
 
+    @property
+    def shared(self) -> FFNOptions | None:
+        """The network that every token passes through, or None."""
+        if not self.shared_hidden:
+            return None
+        return FFNOptions(kind=self.kind, hidden=self.shared_hidden, bias=self.bias)
+
 
 def activate(z: Tensor, kind: FFNKind) -> Tensor:
     """The hidden activation [.., H] of the first matrix's output ``z`` [.., G]."""

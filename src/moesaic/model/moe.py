@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.model.dropout import dropout
-from moesaic.model.experts import ExpertOptions, Experts, FeedForward, FFNOptions
+from moesaic.model.experts import ExpertOptions, Experts, FeedForward
 from moesaic.model.routers import BaseRouterOptions, build_router
 from moesaic.routing import Routing
 
@@ -30,9 +30,8 @@ class MoE(nn.Module):
         self.experts = Experts(experts, width)
         self.shared_expert: FeedForward | None = None
         self.shared_expert_gate: nn.Linear | None = None
-        if experts.shared_hidden:
-            shared = FFNOptions(kind=experts.kind, hidden=experts.shared_hidden, bias=experts.bias)
-            self.shared_expert = FeedForward(shared, width)
+        if experts.shared is not None:
+            self.shared_expert = FeedForward(experts.shared, width)
             if experts.shared_gate:
                 self.shared_expert_gate = nn.Linear(width, 1, bias=False)
 

@@ -30,14 +30,24 @@ class BaseRouterOptions(Options):
         """Number of trainable parameters of one such router."""
         return num_experts * width + (num_experts if self.bias else 0)
 
+    def multiply_adds(self, width: int, num_experts: int) -> int:
+        """Multiply-adds of one token's scores."""
+        return num_experts * width
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """Whether the weights of a token's experts always do; with one expert, its weight is then
+        the constant 1, and the language-model loss has no gradient for the router."""
+        return False
+
 
 class TokenChoiceOptions(BaseRouterOptions):
     """Routers where tokens choose; each expert may be limited to a capacity.
 
     With a capacity factor c an expert carries out at most floor(c·T·top_k/E) choices of one call
     and drops the later ones, in arrival order. Evaluation and generation are dropless unless
-    ``eval_capacity_factor`` says otherwise: a drop there would make a text's probability depend
-    on what else shares its batch.
+    ``eval_capacity_factor`` says otherwise: a drop there makes a text's probability depend on what
+    else shares its batch, and decoding with a cache differ from decoding without.
     """
 
     capacity_factor: float | None = Field(None, gt=0)
@@ -92,6 +102,8 @@ class Router(nn.Module):
         if factor is not None:
             tokens = len(expert_TK) if real_T is None else int(real_T.sum())
             capacity = int(factor * tokens * options.top_k / self.num_experts)
+            if not self.training:  # a single token, as in cached decoding, is never dropped
+                capacity = max(1, capacity)
             keep_TK = within_capacity(expert_TK, wanted_TK, self.num_experts, capacity)
         return Routing(weight_TK, expert_TK, keep_TK, logits_TE, probs_TE, wanted_TK, real_T)
 
@@ -119,6 +131,10 @@ class TopKOptions(TokenChoiceOptions):
     score: Literal["softmax", "sigmoid"] = "softmax"
     softmax_after: bool = False
     renormalize: bool = False
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        return self.renormalize or self.softmax_after
 
     @model_validator(mode="after")
     def _one_softmax(self) -> "TopKOptions":
@@ -152,6 +168,13 @@ class NoisyTopKOptions(TokenChoiceOptions):
 
     def parameters(self, width: int, num_experts: int) -> int:
         return 2 * super().parameters(width, num_experts)
+
+    def multiply_adds(self, width: int, num_experts: int) -> int:
+        return 2 * super().multiply_adds(width, num_experts)
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        return True
 
 
 class NoisyTopK(Router):
@@ -219,6 +242,10 @@ class LossFreeOptions(TokenChoiceOptions):
     renormalize: bool = True
     update_rate: float = Field(0.001, ge=0)
 
+    @property
+    def weights_sum_to_one(self) -> bool:
+        return self.renormalize
+
 
 class LossFree(Router):
     """Top-k of score + bias, weighted by the score alone (Wang et al. 2024, arXiv 2408.15664,
@@ -259,6 +286,10 @@ class SmartOptions(TokenChoiceOptions):
     min_k: int = Field(2, ge=1)
     mass: float = Field(0.7, gt=0, le=1)
     jitter: float = Field(0.01, ge=0, lt=1)
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _ordered(self) -> "SmartOptions":

@@ -36,7 +36,7 @@ def run_demo(out: Console, *, compare: bool = False, directory: str | None = Non
     """Train the ``demo`` recipe and print held-out loss, a sample, a routing table and what to try.
 
     With ``compare``, two dense models of equal active size follow: one for the same number of
-    steps, one for the same wall-clock time (its steps are set from the measured pace of the first).
+    steps, one for the same wall-clock time (its steps are set from the measured pace of the former).
     """
     overrides = [] if directory is None else [f"out={directory}"]
     recipe = load_recipe("demo", overrides)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from moesaic.config import flatten
 from moesaic.errors import RecipeError
+from moesaic.files import explained
 from moesaic.machine import peak_memory
 from moesaic.train.recipe import Recipe
 from moesaic.train.rundir import cut_rows
@@ -30,12 +31,13 @@ class Tracker(Protocol):
 class TensorBoardTracker:
     """Event files in the run directory's ``tensorboard`` folder."""
 
-    def __init__(self, run: Path, recipe: Recipe) -> None:
+    def __init__(self, run: Path, recipe: Recipe, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise RecipeError("tracker = 'tensorboard' needs: pip install 'moesaic[track]'") from None
-        self.writer = SummaryWriter(str(run / "tensorboard"))
+        # Points after ``step`` are made again by a resumed run.
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -52,7 +54,7 @@ class MLflowTracker:
     ``mlflow ui --backend-store-uri sqlite:///runs/mlflow.db``.
     """
 
-    def __init__(self, run: Path, recipe: Recipe) -> None:
+    def __init__(self, run: Path, recipe: Recipe, step: int) -> None:
         try:
             import mlflow
         except ImportError:
@@ -76,7 +78,7 @@ class MLflowTracker:
         self.mlflow.end_run("FINISHED" if finished else "KILLED")
 
 
-TRACKERS: dict[str, Callable[[Path, Recipe], Tracker]] = {
+TRACKERS: dict[str, Callable[[Path, Recipe, int], Tracker]] = {
     "tensorboard": TensorBoardTracker,
     "mlflow": MLflowTracker,
 }
@@ -105,10 +107,10 @@ class Logger:
         self.last_plain = 0.0
         self.pace: list[tuple[float, int]] = []
 
-    def start_tracker(self) -> None:
-        """Open the tracker that the recipe names, if any."""
+    def start_tracker(self, step: int) -> None:
+        """Open the tracker that the recipe names, if any; the run stands at ``step``."""
         if self.recipe.tracker != "none":
-            self.tracker = TRACKERS[self.recipe.tracker](self.run, self.recipe)
+            self.tracker = TRACKERS[self.recipe.tracker](self.run, self.recipe, step)
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Append one row (``step``, ``split``, ``loss``, ``tokens``, ``time``, …)."""
@@ -118,7 +120,11 @@ class Logger:
             numbers = {
                 f"{split}_{k}": float(v) for k, v in row.items() if isinstance(v, int | float) and k != "step"
             }
-            self.tracker.log(row["step"], numbers)
+            try:
+                self.tracker.log(row["step"], numbers)
+            except Exception as error:  # whatever an outside service raises must not cost the run
+                self.say(f"the tracker failed and is left out from here on: {error}")
+                self.tracker = None
 
     def load(self, row: Mapping[str, Any]) -> None:
         """Append one row of expert loads to the side file ``load.jsonl``."""
@@ -172,10 +178,11 @@ class Logger:
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         # Opened at the first row and again after a cut, which puts another file in its place.
         file = self.files.get(name)
-        if file is None:
-            file = self.files[name] = (self.run / name).open("a", encoding="utf-8")
-        file.write(json.dumps(dict(row)) + "\n")
-        file.flush()
+        with explained(self.run, f"{self.run / name} cannot be written", "the last checkpoint is good"):
+            if file is None:
+                file = self.files[name] = (self.run / name).open("a", encoding="utf-8")
+            file.write(json.dumps(dict(row)) + "\n")
+            file.flush()
 
 
 def _clock(time_left: float | None) -> str:

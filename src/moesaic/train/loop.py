@@ -44,8 +44,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         try:
             session = build_session(recipe, log.say)
             create(run, recipe)  # only now: bad data leaves no half-made run behind
-            log.start_tracker()
             progress = _start(session, run, log)
+            log.start_tracker(progress.step)
             _loop(session, progress, run, log, interrupt)
             _finish(session, progress, run, log)
             finished = True
@@ -128,8 +128,8 @@ def train_step(session: Session, step: int) -> tuple[list[Loss], float | None]:
 def _after_step(session: Session, losses: list[Loss]) -> None:
     """Tell each router that follows the load what its experts were asked for in the whole batch."""
     for index, layer in enumerate(session.model.moe_modules()):
-        if not layer.gate.follows_load:
-            continue
+        if not layer.gate.follows_load or not layer.gate.weight.requires_grad:
+            continue  # a frozen router's bias rests too
         routings = [loss.routings[index] for loss in losses]
         layer.gate.after_step(torch.stack([r.counts_E(wanted=True) for r in routings]).sum(0))
 
@@ -149,9 +149,11 @@ def _not_finite(
     )
     policy = session.recipe.train.on_nan
     if policy == "stop":
+        if progress.step > 0:  # the weights of the step before are whole: keep them
+            _save(session, progress, run, log)
         raise DivergedError(
-            f"{what}; the weights of step {progress.step} are untouched, the newest checkpoint in {run} is "
-            "good; lower optim.lr, set train.clip, or set train.on_nan to 'skip' or 'rollback'"
+            f"{what}; the weights of step {progress.step} are untouched and saved; lower optim.lr, set "
+            "train.clip, or set train.on_nan to 'skip' or 'rollback'"
         )
     if len(progress.passed_over) >= _MOST_PASSED_OVER:
         raise DivergedError(f"{what}; {_MOST_PASSED_OVER} batches were passed over before it")
@@ -187,6 +189,7 @@ def _evaluate(session: Session, progress: Progress, log: Logger) -> Evaluation:
     said = f"step {progress.step}: held-out loss {result.loss:.4f} after {progress.seconds:.1f} s"
     if len(result.domains) > 1:
         row |= {f"loss/{d.domain}": d.loss for d in result.domains}
+        row |= {f"bits_per_byte/{d.domain}": d.bits_per_byte for d in result.domains}
         said += "  (" + ", ".join(f"{d.domain} {d.loss:.3f}" for d in result.domains) + ")"
     if session.model.config.moe_layers:
         load = summarise_load(result.counts_LE())

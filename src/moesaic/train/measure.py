@@ -71,7 +71,7 @@ def measure(session: Session, repeats: int = 5) -> Cost:
         total_seconds=options.steps * step_seconds + evaluations * eval_seconds,
         state_bytes=weights + gradients + state,
         checkpoint_bytes=checkpoint,
-        peak_bytes=peak_memory(),
+        peak_bytes=torch.cuda.max_memory_allocated() if session.device == "cuda" else peak_memory(),
         # While a checkpoint is written the ``keep`` before it still stand.
         disk_bytes=(recipe.checkpoint.keep + 1) * checkpoint + weights,
     )

@@ -7,7 +7,7 @@ across layers, are orthogonalised in one batched product.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,14 +21,15 @@ class OptimOptions(Options):
 
     ``lr`` is AdamW's or RMSProp's; ``matrix_lr`` is Muon's, for the matrices inside blocks (not
     embeddings, head, routers, norms or biases). ``decay`` applies weight decay to ``matrices``
-    only (everything with two or more dimensions) or to ``all`` parameters, as OLMoE does. AdamW and
+    only (two or more dimensions, stacked biases apart) or to ``all`` parameters, as OLMoE does. AdamW and
     Muon decouple the decay from the gradient; RMSProp adds it to the gradient, as PyTorch's does.
+    ``momentum`` and ``ns_steps`` are Muon's; RMSProp smooths with the second of ``betas``.
     """
 
     kind: Literal["adamw", "rmsprop", "muon"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     matrix_lr: float = Field(0.02, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     decay: Literal["matrices", "all"] = "matrices"
@@ -142,8 +143,8 @@ def build_optimizers(model: nn.Module, options: OptimOptions) -> list[torch.opti
             optimizers.append(
                 Muon(matrices, options.matrix_lr, options.momentum, options.weight_decay, options.ns_steps)
             )
-    decayed = [p for _, p in rest if options.decay == "all" or p.ndim > 1]
-    kept = [p for _, p in rest if not (options.decay == "all" or p.ndim > 1)]
+    decayed = [p for name, p in rest if options.decay == "all" or _is_matrix(name, p)]
+    kept = [p for name, p in rest if not (options.decay == "all" or _is_matrix(name, p))]
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": kept, "weight_decay": 0.0},
@@ -190,7 +191,13 @@ def load_optimizer_tensors(
         owner[parameter].state[parameter][key] = tensor.to(parameter.device).clone()
 
 
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Two dimensions or more, stacked biases of experts apart."""
+    return parameter.ndim > 1 and not name.endswith(("up_bias", "down_bias"))
+
+
 def _for_muon(name: str, parameter: nn.Parameter) -> bool:
-    inside = ".layers." in f".{name}" and not name.rpartition(".")[0].endswith(".gate")
-    biases = ("up_bias", "down_bias")
-    return inside and parameter.ndim > 1 and not name.endswith(biases)
+    """Matrices inside blocks; scores of experts (routers and shared gates) are AdamW's."""
+    module = name.rpartition(".")[0]
+    inside = ".layers." in f".{name}" and not module.endswith(("gate", "shared_expert_gate"))
+    return inside and _is_matrix(name, parameter)

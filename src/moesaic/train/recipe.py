@@ -50,7 +50,8 @@ class TrainOptions(Options):
 
 
 class EvalOptions(Options):
-    """Every ``every`` steps and at the end: the loss on the whole validation part, and a sample.
+    """Every ``every`` steps and at the end: the loss on the whole validation part; before the end, a
+    sample too.
 
     ``batch_size`` windows at once (default: as many as make 16,384 tokens), ``sample`` new tokens
     (0: no sample) after ``prompt`` (default: the first token of the validation part).
@@ -93,9 +94,7 @@ class Recipe(Options):
                 "the number of learned positions; lower one or raise the other"
             )
         router = self.model.router
-        renormalised = getattr(router, "renormalize", False) or getattr(router, "softmax_after", False)
-        renormalised = renormalised or router.kind in ("noisy_top_k", "smart")
-        if self.model.moe_layers and router.top_k == 1 and renormalised:
+        if self.model.moe_layers and router.top_k == 1 and router.weights_sum_to_one:
             raise ValueError(
                 "model.router.top_k = 1 with renormalised weights: the one weight is always 1, so the "
                 "language-model loss gives the router no gradient; use top_k = 2 or kind = 'top_k' "

@@ -30,13 +30,12 @@ def choose_directory(recipe: Recipe, resume: bool) -> Path:
     if recipe.out is not None:
         return _checked(Path(recipe.out).expanduser(), resume)
     numbered = [Path("runs") / (recipe.name if n == 1 else f"{recipe.name}-{n}") for n in range(1, 10_000)]
-    taken = [path for path in numbered if path.exists()]
     if resume:
-        runs = [path for path in taken if (path / "recipe.toml").is_file()]
+        runs = [path for path in numbered if (path / "recipe.toml").is_file()]
         if not runs:
             raise RecipeError(f"runs/{recipe.name}: no run to resume; name it with out=DIR")
         return runs[-1]
-    return next(path for path in numbered if path not in taken)
+    return next(path for path in numbered if _is_free(path))
 
 
 def _checked(path: Path, resume: bool) -> Path:
@@ -49,9 +48,16 @@ def _checked(path: Path, resume: bool) -> Path:
         raise RecipeError(
             f"{path}: already holds a run; add --resume to continue it or choose another out=DIR"
         )
-    if path.exists() and not is_run and not all(_BEFORE_A_RUN.fullmatch(p.name) for p in path.iterdir()):
+    if not is_run and not _is_free(path):
         raise RecipeError(f"{path}: is not empty and is no run; choose another out=DIR")
     return path
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there but what a start that failed or was killed leaves behind."""
+    if not path.exists():
+        return True
+    return path.is_dir() and all(_BEFORE_A_RUN.fullmatch(p.name) for p in path.iterdir())
 
 
 def create(path: Path, recipe: Recipe) -> None:

@@ -71,6 +71,7 @@ class Session:
         exported = self.exported(progress.step)
         exported.tensors["optimizer.safetensors"] = optimizer_tensors(self.model, self.optimizers)
         exported.json["state.json"] = vars(progress)
+        exported.json["data.json"] = {"store": self.store.folder.name}
         return exported
 
     def exported(self, step: int) -> Contents:
@@ -88,6 +89,11 @@ class Session:
     def restore(self, directory: Path) -> Progress:
         """Take model, optimizers and progress from a checkpoint directory, verified."""
         contents = read_checkpoint(directory)
+        if contents.json.get("data.json") != {"store": self.store.folder.name}:
+            raise CheckpointError(
+                f"{directory}: data.* gives another text, split or tokenizer now than when this run began "
+                "(a file changed, or Python's own library did); bring it back, or start anew elsewhere"
+            )
         try:
             tensors = dict(contents.tensors["model.safetensors"])
             if self.model.config.tied:
