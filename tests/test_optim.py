@@ -224,7 +224,8 @@ def test_only_matrices_decay_unless_all_shall(tmp_path: Path) -> None:
     found = decays(made, OptimOptions(weight_decay=0.3))
     assert found.keys() == by_name.keys()
     for name, (_, decay) in found.items():
-        assert decay == (0.3 if by_name[name].ndim > 1 else 0.0), name
+        matrix = by_name[name].ndim > 1 and not name.endswith(("up_bias", "down_bias"))
+        assert decay == (0.3 if matrix else 0.0), name
     everything = decays(made, OptimOptions(weight_decay=0.3, decay="all"))
     assert {decay for _, decay in everything.values()} == {0.3}
 

@@ -64,7 +64,8 @@ def activate(z: Tensor, kind: FFNKind) -> Tensor:
 
 
 def activate_backward(grad: Tensor, z: Tensor, kind: FFNKind) -> Tensor:
-    """The gradient at ``z`` [.., G] given the gradient at ``activate(z)`` [.., H]."""
+    """The gradient at ``z`` [.., G] given the gradient at ``activate(z)`` [.., H], whose memory it
+    may take."""
     if kind == "swiglu":
         gate, up = z.chunk(2, dim=-1)
         return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
@@ -72,8 +73,7 @@ def activate_backward(grad: Tensor, z: Tensor, kind: FFNKind) -> Tensor:
         d_gelu: Tensor = torch.ops.aten.gelu_backward(grad, z)
         return d_gelu
     if kind == "relu":
-        d_relu: Tensor = torch.ops.aten.threshold_backward(grad, z, 0)
-        return d_relu
+        return torch.ops.aten.threshold_backward.grad_input(grad, z, 0, grad_input=grad)  # type: ignore[no-any-return]
     return F.relu(z).mul_(grad).mul_(2)
 
 
