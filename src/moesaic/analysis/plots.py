@@ -22,7 +22,7 @@ def loss_curve(train: Sequence[dict[str, Any]], val: Sequence[dict[str, Any]], p
     axes = figure.subplots()
     if train:
         steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
-        axes.plot(steps, losses, color="#9db4c8", linewidth=1, label="train (each logged batch)")
+        axes.plot(steps, losses, color="#9db4c8", linewidth=1, label="train (mean since the row before)")
     if val:
         steps, losses = [r["step"] for r in val], [r["loss"] for r in val]
         axes.plot(steps, losses, color="#c2452d", marker="o", markersize=3.5, label="held out")

@@ -107,11 +107,12 @@ def _show_routing(out: Console, run: Path) -> None:
         return
     import torch
 
-    table = Table(title="which domain each expert serves most", title_justify="left", title_style="bold")
+    title = "favourite expert of each domain: its share there (and in all domains)"
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("layer", justify="right")
-    table.add_column("bits of domain in an expert's name", justify="right")
     for domain in domains:
-        table.add_column(f"{domain}: favourite")
+        table.add_column(domain)
+    table.add_column("bits", justify="right")
     for index, layer in enumerate(last["layers"]):
         counts_CE = torch.tensor([last["counts"][domain][index] for domain in domains])
         share_CE = specialisation(counts_CE)
@@ -119,11 +120,13 @@ def _show_routing(out: Console, run: Path) -> None:
         cells = []
         for row_E in share_CE:
             expert = int((row_E - usual_E).argmax())
-            cells.append(f"expert {expert}  {100 * row_E[expert]:.0f}% (usual {100 * usual_E[expert]:.0f}%)")
-        table.add_row(
-            str(layer), f"{mutual_information(counts_CE):.3f} of {math.log2(len(domains)):.2f}", *cells
-        )
+            cells.append(f"{expert}: {100 * row_E[expert]:.0f}% ({100 * usual_E[expert]:.0f}%)")
+        table.add_row(str(layer), *cells, f"{mutual_information(counts_CE):.2f}")
     out.print(table)
+    most = math.log2(len(domains))
+    out.print(
+        Text(f"bits: what an expert's name tells about the domain; 0 is nothing, {most:.2f} everything")
+    )
 
 
 def _show_comparison(out: Console, outcomes: list[Outcome]) -> None:
