@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moesaic.train.recipe import Recipe as Recipe
 
 # Read once by PyTorch when it first allocates: large tensors on huge pages. It saves a page fault
-# per 4 KiB of every fresh activation (docs/evidence.md has the step with and without).
+# per 4 KiB of every fresh activation; what it buys a whole step was lost in this machine's noise.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Imported on first use, so that ``moesaic --help`` needs no torch.

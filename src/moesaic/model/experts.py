@@ -121,7 +121,7 @@ class Experts(nn.Module):
     def row_multiple(self, rows: int, device: torch.device) -> int:
         """To what multiple the caller should fill up each expert's rows.
 
-        oneDNN compiles a bf16 product anew for every new shape: 3.5 ms each, against 0.3 ms to run
+        oneDNN compiles a bf16 product anew for every new shape: 3.5 ms each, against 0.4 ms to run
         it (500–1,500 rows, 192 × 384), and the number of rows differs at every step. Multiples of
         64 leave few shapes, which it remembers, at the price of 32 more rows per expert.
         """
