@@ -85,7 +85,7 @@ def main() -> int:
             parser.error(f"--keep {args.keep}: exists; name a new directory")
         args.keep.mkdir(parents=True)
     with tempfile.TemporaryDirectory() if args.keep is None else nullcontext(str(args.keep)) as folder:
-        steps = args.steps or 30 + 12 * args.kills
+        steps = args.steps or 30 + 20 * args.kills
         return compare(Path(folder).resolve(), steps, args.kills, random.Random(args.seed))
 
 
