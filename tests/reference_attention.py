@@ -1,4 +1,5 @@
-"""A slow, obvious oracle of attention: one query, one head and one key at a time.
+"""Slow, obvious oracles of what mixes positions: attention, one query, head and key at a time, and the
+short convolution, one position, tap and feature at a time.
 
 Nothing here imports moesaic (see reference.py, which holds the oracles of the rest of the model).
 
@@ -26,6 +27,21 @@ def rotate(x: Tensor, position: int, theta: float) -> Tensor:
         out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
         out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
     return torch.stack(out)
+
+
+def short_conv(x_TD: Tensor, weight_KD: Tensor) -> Tensor:
+    """Each feature plus the weighted features of this position and the K - 1 before it."""
+    rows = []
+    for t in range(len(x_TD)):
+        features = []
+        for d in range(x_TD.shape[1]):
+            total = x_TD[t, d]
+            for i in range(len(weight_KD)):
+                if t - i >= 0:
+                    total = total + weight_KD[i, d] * x_TD[t - i, d]
+            features.append(total)
+        rows.append(torch.stack(features))
+    return torch.stack(rows)
 
 
 def attention(

@@ -104,13 +104,7 @@ def cross_entropy(
     return losses
 
 
-def muon_orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration towards the nearest semi-orthogonal matrix, in float64."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = g.shape[0] > g.shape[1]
-    x = g.double().T if tall else g.double()
-    x = x / (torch.sqrt((x * x).sum()) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + b * (gram @ x) + c * (gram @ gram @ x)
-    return x.T if tall else x
+def muon_orthogonalise(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix: the singular vectors of ``g`` without its singular values."""
+    u, _, vh = torch.linalg.svd(g.double(), full_matrices=False)
+    return u @ vh

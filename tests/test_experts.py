@@ -17,7 +17,16 @@ torch.set_num_threads(1)
 
 KINDS: list[FFNKind] = ["swiglu", "relu", "gelu", "relu2"]
 D, H = 5, 6
-COUNTS = [[3, 1, 4, 2], [0, 5, 0, 2], [0, 0, 7, 0], [6, 0, 0, 0], [0, 0, 0, 6], [1, 1, 1, 1], [0, 0, 0, 0]]
+COUNTS = [
+    [3, 1, 4, 2],
+    [0, 5, 0, 2],
+    [0, 0, 7, 0],
+    [6, 0, 0, 0],
+    [0, 0, 0, 6],
+    [1, 1, 1, 1],
+    [3, 3, 3, 3],
+    [0, 0, 0, 0],
+]
 
 
 def bank(kind: FFNKind, bias: bool, dtype: torch.dtype = torch.float64, count: int = 4) -> Experts:
@@ -146,6 +155,29 @@ def test_autocast_works_in_bf16_and_leaves_float32_gradients(kind: FFNKind, bias
     for a, b in zip(half.parameters(), full.parameters(), strict=True):
         assert a.grad.dtype == torch.float32
         assert (a.grad - b.grad).norm() < 2e-2 * b.grad.norm()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("counts_E", "equal"),
+    [
+        ([0, 0, 0, 0], False),
+        ([7, 9, 8, 8], True),
+        ([500, 520, 560, 480], True),
+        ([2, 0, 0, 0], False),
+        ([900, 100, 40, 1], False),
+    ],
+    ids=str,
+)
+def test_fillers_never_take_the_place_of_rows_nor_cost_much(
+    counts_E: list[int], equal: bool, bf16: bool
+) -> None:
+    made = bank("swiglu", False, torch.bfloat16 if bf16 else torch.float32)
+    filled_E = made.fill(counts_E, torch.device("cpu"))
+    assert all(filled >= count for filled, count in zip(filled_E, counts_E, strict=True))
+    assert sum(filled_E) <= max(2.6 * sum(counts_E), sum(counts_E) + 64 * 4)
+    assert (len(set(filled_E)) == 1) is (equal or not any(counts_E))
+    assert made.fill(counts_E, torch.device("meta")) == counts_E
 
 
 def test_bf16_bank_without_autocast_takes_float32_rows() -> None:

@@ -60,6 +60,7 @@ GRID: list[dict[str, Any]] = [
     {"norm": "layer", "pattern": "DM"},
     {"pattern": "D"},
     {"pattern": "MDD"},
+    {"conv": 4},
     {"attention": AttentionOptions(heads=4, kv_heads=2, qk_norm="head")},
     {"attention": AttentionOptions(heads=4, kv_heads=1, qk_norm="full", head_dim=6)},
     {"attention": AttentionOptions(heads=2, qkv_bias=True, out_bias=True)},

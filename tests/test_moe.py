@@ -13,7 +13,7 @@ from test_experts import expert_of
 from torch import Tensor
 
 from moesaic.model.experts import ExpertOptions
-from moesaic.model.moe import MoE, sort_by_expert
+from moesaic.model.moe import Fill, MoE, sort_by_expert
 from moesaic.model.routers import ROUTERS, TokenChoiceOptions
 
 torch.set_num_threads(1)
@@ -157,6 +157,28 @@ def test_rows_are_sorted_by_expert_and_keep_arrival_order() -> None:
     assert torch.equal(place_TK[routing.keep_TK].sort().values, torch.arange(len(order_R)))
     assert (place_TK[~routing.keep_TK] == len(order_R)).all()
     assert torch.equal(place_TK.flatten()[order_R], torch.arange(len(order_R)))
+
+
+@pytest.mark.parametrize("capacity", [None, 0.7])
+@pytest.mark.parametrize("unit", [1, 4, 64])
+def test_filled_up_experts_change_no_output_and_no_gradient(
+    unit: int, capacity: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(fill: Fill) -> list[Tensor]:
+        made = layer(router_options("top_k", 3, capacity_factor=capacity), bias=True).train()
+        monkeypatch.setattr(made.experts, "fill", fill)
+        x = tokens().requires_grad_()
+        y, _ = made(x)
+        torch.autograd.backward(y.square().sum())
+        assert x.grad is not None
+        return [y, x.grad, *(p.grad for p in made.parameters() if p.grad is not None)]
+
+    plain = run(lambda counts_E, _: counts_E)
+    to_unit = run(lambda counts_E, _: [-(-count // unit) * unit for count in counts_E])
+    equal = run(lambda counts_E, _: [max(counts_E) + unit] * len(counts_E))
+    for a, b, c in zip(plain, to_unit, equal, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(c, a, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_acts_on_what_experts_return_in_training_only() -> None:

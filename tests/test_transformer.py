@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full norm": {"attention": AttentionOptions(heads=2, qk_norm="full", qkv_bias=True), "tied": True},
     "mixed": {"pattern": "MD", "position": "learned", "head_bias": True},
     "dense": {"pattern": "D"},
+    "convolved": {"conv": 3},
+    "convolved with longer reach than a prompt": {"conv": 6, "position": "learned"},
 }
 
 

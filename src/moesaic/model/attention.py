@@ -66,7 +66,8 @@ class KVCache:
     """Keys and values of the positions already seen, for every layer; filled in place.
 
     ``real_BS`` marks padding for batches of unequal prompts. ``length`` positions are filled; the
-    model advances it once per call, after all layers have written theirs.
+    model advances it once per call, after all layers have written theirs. ``before_LPBJD`` is what the
+    short convolutions remember (conv.py): layer, place in the block, batch, the last positions, width.
     """
 
     def __init__(
@@ -78,11 +79,13 @@ class KVCache:
         head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        before_LPBJD: Tensor | None = None,
     ) -> None:
         shape = (layers, batch, kv_heads, capacity, head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.real_BS = torch.ones(batch, capacity, dtype=torch.bool, device=device)
+        self.before_LPBJD = before_LPBJD
         self.padded = False
         self.length = 0
         self.capacity = capacity

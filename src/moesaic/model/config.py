@@ -29,7 +29,8 @@ class ModelConfig(Options):
 
     ``pattern`` says which, repeated over the layers: ``M`` a mixture of experts, ``D`` dense.
     ``context`` is the longest sequence: the length of the table of learned positions, and the
-    window that generation slides.
+    window that generation slides. ``conv`` is the kernel size of the short causal convolutions before
+    attention and feed-forward network (conv.py); 0 leaves them out.
     """
 
     layers: int = Field(4, ge=1, le=1024)
@@ -43,6 +44,7 @@ class ModelConfig(Options):
     tied: bool = False
     head_bias: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
+    conv: int = Field(0, ge=0, le=64)
     attention: AttentionOptions = AttentionOptions()
     ffn: FFNOptions = FFNOptions()
     experts: ExpertOptions = ExpertOptions()
@@ -97,7 +99,7 @@ class ModelConfig(Options):
         outer = self.vocabulary * self.width * (1 if self.tied else 2) + norm
         outer += self.vocabulary if self.head_bias else 0
         outer += self.context * self.width if self.position == "learned" else 0
-        block = self.attention.parameters(self.width) + 2 * norm
+        block = self.attention.parameters(self.width) + 2 * norm + 2 * self.conv * self.width
         total = active = outer + self.layers * block
         dense = self.ffn.parameters(self.width) * (self.layers - len(self.moe_layers))
         expert = self.experts.parameters(self.width)

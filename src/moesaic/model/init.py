@@ -28,6 +28,8 @@ def initialise(model: nn.Module, options: InitOptions) -> None:
         leaf = name.rpartition(".")[2]
         if options.zero_output and name.endswith(_OUTPUTS + _OUTPUT_BIASES):
             parameter.zero_()
+        elif name.endswith("_conv.weight"):
+            parameter.zero_()  # the identity: see conv.py
         elif leaf in ("bias", "noise_bias", "up_bias", "down_bias"):
             _initialise_bias(parameter, options, _bias_fan_in(name, parameter, fan_in))
         elif parameter.ndim < 2:

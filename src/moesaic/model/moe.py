@@ -4,15 +4,19 @@ Shape legend: T tokens (batch and positions flattened), D width, E experts, K ch
 R rows (the kept token-expert pairs, sorted by expert; perhaps fillers between experts).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.model.dropout import dropout
 from moesaic.model.experts import ExpertOptions, Experts, FeedForward
 from moesaic.model.routers import BaseRouterOptions, build_router
 from moesaic.routing import Routing
+
+Fill = Callable[[list[int], torch.device], list[int]]
 
 
 class MoE(nn.Module):
@@ -39,7 +43,7 @@ class MoE(nn.Module):
         """The layer's output [T, D] and the routing that made it."""
         routing: Routing = self.gate(x_TD, real_T)
         T, K = routing.expert_TK.shape
-        order_R, place_TK, counts_E = sort_by_expert(routing, self.experts.row_multiple(T * K, x_TD.device))
+        order_R, place_TK, counts_E = sort_by_expert(routing, self.experts.fill)
         token_R = (order_R // K).clamp(max=T - 1)  # a filler row holds some token; nothing reads it
         rows_RD = _Dispatch.apply(x_TD, token_R, place_TK)  # type: ignore[no-untyped-call]
         rows_RD = self.experts(rows_RD, counts_E)
@@ -53,8 +57,8 @@ class MoE(nn.Module):
         return y_TD, routing
 
 
-def sort_by_expert(routing: Routing, multiple: int = 1) -> tuple[Tensor, Tensor, list[int]]:
-    """The kept choices in expert order, each expert's rows filled up to a multiple.
+def sort_by_expert(routing: Routing, fill: Fill | None = None) -> tuple[Tensor, Tensor, list[int]]:
+    """The kept choices in expert order, each expert's rows filled up as the bank wishes.
 
     Returns order_R (the flat index t·K + k of each row, T·K for a filler), place_TK (the row of
     each choice, R where it is not kept) and the number of rows of each expert, fillers included.
@@ -63,23 +67,19 @@ def sort_by_expert(routing: Routing, multiple: int = 1) -> tuple[Tensor, Tensor,
     # Choices that are not kept belong to one expert more, which sorts last.
     expert_N = torch.where(routing.keep_TK, routing.expert_TK, num_experts).flatten()
     order_N = expert_N.argsort(stable=True)
-    count_E = torch.bincount(expert_N, minlength=num_experts + 1)[:num_experts]
+    real_E: list[int] = torch.bincount(expert_N, minlength=num_experts + 1)[:num_experts].tolist()
+    counts_E = real_E if fill is None else fill(real_E, device)
+    kept, rows = sum(real_E), sum(counts_E)
     row_N = torch.arange(len(expert_N), device=device)
-    if multiple > 1:  # fillers move the rows of every later expert down
-        filled_E = (count_E + multiple - 1) // multiple * multiple
-        shift_E = (filled_E - count_E).cumsum(0) - (filled_E - count_E)
-        row_N = row_N + torch.cat([shift_E, shift_E.new_zeros(1)])[expert_N[order_N]]
-        count_E = filled_E
-    counts_E: list[int] = count_E.tolist()
-    rows, kept = sum(counts_E), int(routing.keep_TK.sum())
     row_N[kept:] = rows
-    place_N = torch.empty_like(order_N)
-    place_N[order_N] = row_N
-    if rows == kept:
-        order_R = order_N[:kept]
-    else:
+    order_R = order_N[:kept]
+    if rows != kept:  # fillers move the rows of every later expert down
+        shift_E = torch.tensor([0, *counts_E]) - torch.tensor([0, *real_E])
+        row_N[:kept] += shift_E.cumsum(0)[:num_experts].to(device)[expert_N[order_R]]
         order_R = torch.full((rows,), len(expert_N), device=device)
         order_R[row_N[:kept]] = order_N[:kept]
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = row_N
     return order_R, place_N.view_as(routing.expert_TK), counts_E
 
 
@@ -100,11 +100,11 @@ class _Dispatch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_rows_RD: Tensor) -> tuple[Tensor, None, None]:
         (place_TK,) = ctx.saved_tensors
-        return _gather_sum(d_rows_RD, None, place_TK).to(d_rows_RD.dtype), None, None
+        return _gather_sum(d_rows_RD, None, place_TK), None, None
 
 
 class _Combine(torch.autograd.Function):
-    """y[t] = sum over k of weight[t, k] · rows[place of (t, k)], summed in the weights' float32."""
+    """y[t] = sum over k of weight[t, k] · rows[place of (t, k)], summed in float32, in the rows' dtype."""
 
     @staticmethod
     def forward(
@@ -122,21 +122,15 @@ class _Combine(torch.autograd.Function):
         weight_N1 = torch.cat([weight_TK.flatten(), weight_TK.new_zeros(1)])
         d_weight_N1 = torch.zeros_like(weight_N1)
         d_weight_N1[order_R] = (dy_RD * rows_RD).sum(-1).to(weight_TK.dtype)
-        d_rows_RD = dy_RD.mul_(weight_N1[order_R][:, None]).to(rows_RD.dtype)
+        d_rows_RD = dy_RD.mul_(weight_N1[order_R][:, None].to(dy_RD.dtype))
         return d_rows_RD, d_weight_N1[:-1].view_as(weight_TK), None, None, None
 
 
 def _gather_sum(rows_RD: Tensor, weight_TK: Tensor | None, place_TK: Tensor) -> Tensor:
-    """Sum over k of rows[place[:, k]], weighted; a place of R reads zero. Float32 or wider."""
+    """Sum over k of rows[place[:, k]], weighted; a place of R reads zero. A bag of embeddings is just
+    this, in one pass over the rows; it sums in float32 and rounds once."""
     if int(place_TK.max()) == len(rows_RD):
         # Some choice was not kept: one more row, of zeros, stands for it.
         rows_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])
-    dtype = torch.promote_types(rows_RD.dtype, torch.float32)
-    total_TD = torch.zeros(len(place_TK), rows_RD.shape[1], dtype=dtype, device=rows_RD.device)
-    for k in range(place_TK.shape[1]):
-        part_TD = rows_RD.index_select(0, place_TK[:, k])
-        if weight_TK is None:
-            total_TD += part_TD
-        else:
-            total_TD.addcmul_(part_TD.to(dtype), weight_TK[:, k, None].to(dtype))
-    return total_TD
+    weight_TK = None if weight_TK is None else weight_TK.to(rows_RD.dtype)
+    return F.embedding_bag(place_TK, rows_RD, mode="sum", per_sample_weights=weight_TK)

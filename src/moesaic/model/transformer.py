@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.model.attention import Attention, KVCache, Rope, allowed_keys
 from moesaic.model.config import ModelConfig
+from moesaic.model.conv import ShortConv
 from moesaic.model.dropout import dropout
 from moesaic.model.experts import FeedForward
 from moesaic.model.init import initialise
@@ -31,7 +32,8 @@ class Output:
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm feed-forward network, each added to the residual stream."""
+    """Pre-norm attention, then a pre-norm feed-forward network, each added to the residual stream;
+    before each, perhaps a short convolution."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -39,6 +41,11 @@ class Block(nn.Module):
         self.input_layernorm = _norm(config)
         self.self_attn = Attention(config.attention, config.width, config.norm_eps, config.dropout)
         self.post_attention_layernorm = _norm(config)
+        self.input_conv: ShortConv | None = None
+        self.post_attention_conv: ShortConv | None = None
+        if config.conv:
+            self.input_conv = ShortConv(config.conv, config.width)
+            self.post_attention_conv = ShortConv(config.conv, config.width)
         self.mlp: MoE | FeedForward
         if config.is_moe(layer):
             self.mlp = MoE(config.router, config.experts, config.width, config.dropout)
@@ -50,13 +57,19 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         allowed_BTS: Tensor | None,
-        real_T: Tensor | None,
+        real_BT: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, allowed_BTS, cache, self.layer)
+        before = None if cache is None or cache.before_LPBJD is None else cache.before_LPBJD[self.layer]
+        h_BTD = self.input_layernorm(x_BTD)
+        if self.input_conv is not None:
+            h_BTD = self.input_conv(h_BTD, real_BT, None if before is None else before[0])
+        x_BTD = x_BTD + self.self_attn(h_BTD, rope, allowed_BTS, cache, self.layer)
         h_BTD = self.post_attention_layernorm(x_BTD)
+        if self.post_attention_conv is not None:
+            h_BTD = self.post_attention_conv(h_BTD, real_BT, None if before is None else before[1])
         if isinstance(self.mlp, MoE):
-            y_TD, routing = self.mlp(h_BTD.flatten(0, 1), real_T)
+            y_TD, routing = self.mlp(h_BTD.flatten(0, 1), None if real_BT is None else real_BT.flatten())
             return x_BTD + y_TD.view_as(x_BTD).to(x_BTD.dtype), routing
         return x_BTD + dropout(self.mlp(h_BTD), self.dropout, self.training), None
 
@@ -93,10 +106,9 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.embed_positions(position_BT)
         rope = None if self.rope is None else self.rope(position_BT)
         allowed_BTS = allowed_keys(T, cache, real_BS, ids_BT.device)
-        real_T = None if real_BT is None else real_BT.flatten()
         routings = []
         for block in self.layers:
-            x_BTD, routing = block(x_BTD, rope, allowed_BTS, real_T, cache)
+            x_BTD, routing = block(x_BTD, rope, allowed_BTS, real_BT, cache)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -140,11 +152,12 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty key-value cache for ``batch`` sequences of up to ``capacity`` positions."""
-        attention, weight = self.config.attention, self.model.embed_tokens.weight
-        head_dim = attention.head_size(self.config.width)
-        return KVCache(
-            self.config.layers, batch, capacity, attention.num_kv_heads, head_dim, weight.device, weight.dtype
-        )
+        config, weight = self.config, self.model.embed_tokens.weight
+        heads, head_dim = config.attention.num_kv_heads, config.attention.head_size(config.width)
+        before = None
+        if config.conv:
+            before = weight.new_zeros(config.layers, 2, batch, config.conv - 1, config.width)
+        return KVCache(config.layers, batch, capacity, heads, head_dim, weight.device, weight.dtype, before)
 
     def moe_modules(self) -> list[MoE]:
         """The sparse layers in the order of ``Output.routings``."""

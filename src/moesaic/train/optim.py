@@ -7,8 +7,10 @@ across layers, are orthogonalised in one batched product.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,9 +23,10 @@ class OptimOptions(Options):
 
     ``lr`` is AdamW's or RMSProp's; ``matrix_lr`` is Muon's, for the matrices inside blocks (not
     embeddings, head, routers, norms or biases). ``decay`` applies weight decay to ``matrices``
-    only (two or more dimensions, stacked biases apart) or to ``all`` parameters, as OLMoE does. AdamW and
+    only (not stacked biases or taps of convolutions) or to ``all`` parameters, as OLMoE does. AdamW and
     Muon decouple the decay from the gradient; RMSProp adds it to the gradient, as PyTorch's does.
-    ``momentum`` and ``ns_steps`` are Muon's; RMSProp smooths with the second of ``betas``.
+    ``momentum`` and ``ns_steps`` (the polynomials of ``orthogonalise``) are Muon's; RMSProp smooths with the
+    second of ``betas``.
     """
 
     kind: Literal["adamw", "rmsprop", "muon"] = "adamw"
@@ -34,7 +37,7 @@ class OptimOptions(Options):
     weight_decay: float = Field(0.01, ge=0)
     decay: Literal["matrices", "all"] = "matrices"
     momentum: float = Field(0.95, ge=0, lt=1)
-    ns_steps: int = Field(5, ge=1, le=20)
+    ns_steps: int = Field(4, ge=1, le=20)
 
 
 class ScheduleOptions(Options):
@@ -66,9 +69,8 @@ def schedule_factor(options: ScheduleOptions, step: int, steps: int) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton–Schulz iteration (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon/). A stack [E, out, in] is E matrices, each
-    orthogonalised by itself. Weight decay is decoupled.
+    """Momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). A stack
+    [E, out, in] is E matrices, each orthogonalised by itself. Weight decay is decoupled.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        ns_steps: int = 5,
+        ns_steps: int = 4,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps}
         super().__init__(params, defaults)
@@ -114,21 +116,47 @@ class Muon(torch.optim.Optimizer):
             parameter.add_(part.view_as(parameter), alpha=-rate)
 
 
-def orthogonalise(stack: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(stack: Tensor, steps: int = 4) -> Tensor:
     """The nearest semi-orthogonal matrix to each [out, in] of a stack, approximately, in its dtype.
 
-    A quintic Newton–Schulz iteration in bfloat16 whose coefficients maximise the slope at zero, so
-    that singular values land between about 0.7 and 1.2 (Jordan et al. 2024).
+    ``steps`` odd quintic polynomials of each matrix, in bfloat16, every one the best for what the one
+    before it left (Amsel et al. 2025, Polar Express, arXiv 2505.16932, algorithm 1). Four of them bring
+    singular values above a thousandth of the matrix's norm to 0.45–1.55, as good for a char model after
+    200 steps as five of Jordan's fixed ones (1.6563 against 1.6572). What matters is how far small singular
+    values are lifted: three polynomials that bring all above a fiftieth to 0.91–1.09 gave 1.679.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = stack.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT.contiguous() if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in sign_polynomials(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(stack.dtype)
+
+
+@cache
+def sign_polynomials(steps: int, least: float = 1e-3) -> list[tuple[float, float, float]]:
+    """(a, b, c) of polynomials ax + bx³ + cx⁵ that one after the other bring [least, 1] towards 1.
+
+    Each is the minimax polynomial on the interval that the last one left, found by exchange (Remez): it
+    misses 1 by the same error, of alternating sign, at both ends and at its two turning points.
+    """
+    low, high, found = least, 1.0, []
+    for _ in range(steps):
+        turns = low + (high - low) * np.array([0.4, 0.8])
+        for _ in range(30):
+            points = np.array([low, *turns, high])
+            system = np.stack([points, points**3, points**5, [1.0, -1.0, 1.0, -1.0]], axis=1)
+            a, b, c, error = np.linalg.solve(system, np.ones(4)).tolist()
+            root = math.sqrt(max(0.0, 9 * b * b - 20 * a * c))
+            turns = np.sqrt(np.array([-3 * b - root, -3 * b + root]) / (10 * c))
+        low, high = 1 - error, 1 + error
+        # bf16 rounds by up to 0.4 %, and beyond its interval a polynomial soon diverges: a margin of 1 %.
+        found.append((a / 1.01, b / 1.01**3, c / 1.01**5))
+        if error < 1e-3:  # all is 1 already: from here on, the iteration whose fixed point that is
+            low, high = 1 - 1e-3, 1 + 1e-3
+    return found
 
 
 def build_optimizers(model: nn.Module, options: OptimOptions) -> list[torch.optim.Optimizer]:
@@ -192,8 +220,8 @@ def load_optimizer_tensors(
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Two dimensions or more, stacked biases of experts apart."""
-    return parameter.ndim > 1 and not name.endswith(("up_bias", "down_bias"))
+    """Two dimensions or more; a stack of biases or of a convolution's taps is no matrix."""
+    return parameter.ndim > 1 and not name.endswith(("up_bias", "down_bias", "conv.weight"))
 
 
 def _for_muon(name: str, parameter: nn.Parameter) -> bool:
