@@ -8,6 +8,7 @@ from timing import header, median_seconds
 from torch import Tensor
 
 from moesaic.model.attention import _plain_attention
+from moesaic.model.conv import ShortConv
 from moesaic.model.experts import ExpertOptions, Experts
 from moesaic.model.moe import _Combine, _Dispatch, sort_by_expert
 from moesaic.model.norm import RMSNorm
@@ -20,7 +21,7 @@ def main() -> None:
     print(header())
     torch.manual_seed(0)
     print(f"\n{'choice':58} {'PyTorch ms':>11} {'moesaic ms':>11} {'×':>6}")
-    for name, theirs, ours in (norm(), attention(), scatter(), shapes()):
+    for name, theirs, ours in (norm(), attention(), conv(), scatter(), shapes(), equal()):
         seconds = median_seconds({"theirs": theirs, "ours": ours}, repeats=11)
         a, b = 1000 * seconds["theirs"], 1000 * seconds["ours"]
         print(f"{name:58} {a:11.2f} {b:11.2f} {a / b:6.2f}")
@@ -49,6 +50,19 @@ def attention():
         _plain_attention(q, k, v, None, 64**-0.5, 0.0).sum().backward()
 
     return "attention, bf16 [32, 4, 128, 64]", theirs, ours
+
+
+def conv():
+    """The short convolution as one node against depthwise conv1d."""
+    x = torch.randn(8, 256, D, requires_grad=True)
+    ours = ShortConv(4, D)
+    weight = torch.zeros(D, 1, 4, requires_grad=True)
+
+    def theirs() -> None:
+        padded = F.pad(x.transpose(1, 2), (3, 0))
+        (x + F.conv1d(padded, weight, groups=D).transpose(1, 2)).sum().backward()
+
+    return f"short convolution, fp32 [8, 256, {D}]", theirs, lambda: ours(x, None, None).sum().backward()
 
 
 def scatter():
@@ -90,6 +104,22 @@ def shapes():
             bank(x, counts).sum().backward()
 
     return f"{E} experts, bf16, row counts as they come / in 64s", lambda: run(1), lambda: run(64)
+
+
+def equal():
+    """64 small experts with equal counts, which make one batched product, against counts one row apart."""
+    bank = Experts(ExpertOptions(kind="swiglu", hidden=64, count=64), 128)
+    torch.nn.init.normal_(bank.gate_up_proj, std=0.02)
+    torch.nn.init.normal_(bank.down_proj, std=0.02)
+
+    def run(counts: list[int]) -> None:
+        bank(torch.randn(sum(counts), 128, requires_grad=True), counts).sum().backward()
+
+    return (
+        "64 experts, fp32, 64 rows each: a loop / one product",
+        lambda: run([63, 65] * 32),
+        lambda: run([64] * 64),
+    )
 
 
 if __name__ == "__main__":

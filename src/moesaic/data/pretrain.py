@@ -8,6 +8,7 @@ at all: it is built under another name and renamed. Every opening checks sizes a
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -203,27 +204,27 @@ def _file_name(domain: str, taken: set[str]) -> str:
 
 
 def _put_in_place(building: Path, folder: Path) -> None:
-    """Give a finished store its name. One that is already there stays, unless it is damaged."""
-    while True:
-        try:
-            os.rename(building, folder)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-        else:
-            return _sync_folder(folder.parent)
-        try:
-            TokenStore(folder)
-        except DataError:
-            aside = tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent)
+    """Give a finished store its name. One that is already there stays, unless it is damaged.
+
+    One process at a time: of two that saw the same damaged store, the second would put away what the first
+    has just put in its place.
+    """
+    parent = os.open(folder.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)
+        if folder.exists():
             try:
+                TokenStore(folder)
+            except DataError:
+                aside = tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent)
                 os.rename(folder, aside)
-            except FileNotFoundError:
-                continue  # another process has just done the same
-            finally:
                 shutil.rmtree(aside, ignore_errors=True)
-        else:
-            return None
+            else:
+                return
+        os.rename(building, folder)
+        os.fsync(parent)
+    finally:
+        os.close(parent)
 
 
 class TokenStore:

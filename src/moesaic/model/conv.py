@@ -62,7 +62,7 @@ class _Mix(torch.autograd.Function):
         d_weight_KD = torch.zeros_like(weight_KD)
         for i in range(min(len(scale_KD), x_BTD.shape[1])):
             late_BTD, early_BTD = dy_BTD[:, i:], x_BTD[:, : x_BTD.shape[1] - i]
-            torch.sum(late_BTD * early_BTD, dim=(0, 1), dtype=weight_KD.dtype, out=d_weight_KD[i])
+            d_weight_KD[i] = (late_BTD * early_BTD).sum((0, 1))  # in float32, whatever it is given back in
             if i:
                 dx_BTD[:, :-i].addcmul_(late_BTD, scale_KD[i])
         return dx_BTD, d_weight_KD

@@ -130,7 +130,7 @@ class Experts(nn.Module):
         rows, most, experts = sum(counts_E), max(counts_E), len(counts_E)
         if device.type != "cpu" or not rows:
             return counts_E
-        if experts * most <= (1.3 if rows > 32 * experts else 2.5) * rows:
+        if experts * most <= 1.3 * rows and rows >= 32 * experts:
             bf16 = self._compute_dtype(device.type) == torch.bfloat16
             unit = 64 if bf16 and most > 64 else 4
             return [-(-most // unit) * unit] * experts

@@ -58,7 +58,8 @@ class _RMSNorm(torch.autograd.Function):
         dy, scaler = dy.to(x.dtype), weight.to(x.dtype)
         unit = x * scale
         product = dy * unit
-        d_weight = product.sum(dim=tuple(range(product.ndim - 1)), dtype=weight.dtype)
+        # Summed in float32, then rounded; asked for as float32, the whole product would be copied first.
+        d_weight = product.sum(dim=tuple(range(product.ndim - 1))).to(weight.dtype)
         mean = (product @ scaler).div_(x.shape[-1]).unsqueeze(-1)
         dx = (dy * scaler).sub_(unit.mul_(mean)).mul_(scale)
         return dx, d_weight, None, None
