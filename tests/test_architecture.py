@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis", "train"},
     "serve": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis", "serve"},
     "cli": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis", "train", "serve"},
-    "": {"lm", "routing", "train"},  # the package itself hands names on
+    "": {"analysis", "lm", "machine", "routing", "train"},  # the package itself hands names on
 }
 
 

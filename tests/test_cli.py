@@ -35,7 +35,9 @@ def moesaic(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*words: object, stdin: str = "") -> Answer:
         monkeypatch.setattr(sys, "argv", ["moesaic", *map(str, words)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8", "surrogateescape")))
+        )
         capsys.readouterr()
         code = 0
         try:
@@ -100,8 +102,9 @@ def test_a_dry_run_trains_nothing(moesaic: Command, tmp_path: Path) -> None:
     assert not out.exists()
     answer = moesaic("train", tiny_file(tmp_path), f"out={out}", "--dry-run", "--json")
     told = json.loads(answer.out)
-    assert told["run directory"] == str(out)
-    assert {"parameters", "memory", "disk", "one step", "whole run"} <= told.keys()
+    assert told["run"] == str(out)
+    assert told["active"] == 5168
+    assert {"parameters", "peak_bytes", "disk_bytes", "step_seconds", "total_seconds"} <= told.keys()
     assert not out.exists()
 
 
@@ -110,7 +113,8 @@ def test_bench(moesaic: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("moesaic.train.measure.read_bandwidth", partial(machine.read_bandwidth, size=2**16))
     answer = moesaic("bench", tiny_file(tmp_path), "--json")
     assert answer.code == 0
-    assert {"machine", "training step", "decoding"} <= json.loads(answer.out).keys()
+    told = json.loads(answer.out)
+    assert all(told[key] > 0 for key in ("matmul_flops", "read_bytes_per_second", "decode_tokens_per_second"))
 
 
 def test_env(moesaic: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,3 +317,36 @@ def test_the_real_process_ends_with_the_code_and_one_sentence(tmp_path: Path) ->
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert "did you mean train.steps?" in done.stderr
+
+
+def test_recipes_that_are_not_there_are_named_and_nothing_is_left(moesaic: Command, tmp_path: Path) -> None:
+    target = tmp_path / "mine.toml"
+    refused(moesaic("recipes", "show", tmp_path / "gone.toml"), 2, "gone.toml", "no such file")
+    refused(moesaic("recipes", "show", tmp_path), 2, "is a directory")
+    refused(moesaic("recipes", "copy", tmp_path / "gone.toml", target), 2, "gone.toml", "no such file")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(("prompt", "stdin"), [("a\udcff", ""), ("-", "a\udcff")], ids=["option", "stdin"])
+def test_a_prompt_that_is_not_text_is_refused_and_not_echoed(
+    moesaic: Command, trained: Path, prompt: str, stdin: str
+) -> None:
+    answer = moesaic("generate", trained / "run", "--prompt", prompt, stdin=stdin)
+    refused(answer, 3, "not UTF-8 text (byte 1)")
+    assert answer.out == ""
+
+
+def test_a_character_the_model_cannot_read_is_refused_and_not_echoed(moesaic: Command, trained: Path) -> None:
+    answer = moesaic("generate", trained / "run", "--prompt", "river \N{SNOWMAN}")
+    refused(answer, 3, "\N{SNOWMAN}")
+    assert answer.out == ""
+
+
+def test_a_dry_run_finds_what_the_run_would(moesaic: Command, trained: Path) -> None:
+    recipe, run = tiny_file(trained), f"out={trained / 'run'}"
+    refused(moesaic("train", recipe, run, "--resume", "--dry-run", "optim.lr=9"), 2, "optim.lr")
+    answer = moesaic("train", recipe, f"out={trained / 'other'}", "--dry-run", "--json")
+    numbers = json.loads(answer.out)
+    assert numbers["run"] == str(trained / "other")
+    assert numbers["step_seconds"] > 0
+    assert numbers["disk_bytes"] > numbers["checkpoint_bytes"] > 0

@@ -14,6 +14,7 @@ import pytest
 from moesaic.config import dump_toml, validate
 from moesaic.data import corpora
 from moesaic.data.corpora import DataOptions, Document, cache_folder, open_corpus
+from moesaic.data.readers import read_rows
 from moesaic.errors import DataError, RecipeError
 
 SHAKESPEARE = Path(__file__).parents[1] / ".." / "shared" / "data" / "tiny_shakespeare.txt"
@@ -127,7 +128,7 @@ def test_stdlib_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_text_files_are_documents_and_keep_their_bytes(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfwith a mark\r\nand \x00 NUL")
     (tmp_path / "a.md").write_text("# é")
-    corpus = open_corpus(files(str(tmp_path / "*")))
+    corpus = open_corpus(files([str(tmp_path / "a.md"), str(tmp_path / "b.txt")]))
     expected = [Document("# é", "a"), Document("with a mark\r\nand \x00 NUL", "b")]
     assert list(corpus.documents()) == list(corpus.documents()) == expected
     assert list(corpus.documents("b")) == expected[1:]
@@ -143,13 +144,13 @@ def test_globs_labels_lists_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyP
     labelled = files({"all": "~/deep/**/*.txt", "odd": "~/odd[1].txt"})
     assert read(labelled) == [Document("x", "all"), Document("y", "all"), Document("odd", "odd")]
     listed = files([str(tmp_path / "deep" / "y.txt"), "~/deep/**"])
-    assert read(listed) == [Document("y", "y"), Document("x", "x")]
+    assert read(listed) == [Document("y", "y"), Document("x", "deep"), Document("y", "deep")]
 
 
 def test_limits_hold_in_each_domain(tmp_path: Path) -> None:
     for name in "ab":
         rows(tmp_path / f"{name}.jsonl", *(json.dumps({"text": t}) for t in ("one", "", "two", "three")))
-    pattern = str(tmp_path / "*.jsonl")
+    pattern = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
     assert [d.text for d in read(files(pattern, max_chars=5))] == ["one", "tw"] * 2
     assert [d.text for d in read(files(pattern, max_chars=6))] == ["one", "two"] * 2
     assert [d.text for d in read(files(pattern, max_documents=2))] == ["one", "two"] * 2
@@ -213,7 +214,7 @@ def test_a_long_line_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.Mon
     path = Path(rows(tmp_path / "a.jsonl", "x"))
     monkeypatch.setattr(Path, "open", lambda self, mode: Endless())
     with pytest.raises(DataError, match="longer than 64 bytes"):
-        list(corpora.read_rows(path, 64))
+        list(read_rows(path, 64))
 
 
 def test_line_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
@@ -354,3 +355,28 @@ def test_shakespeare_from_a_local_copy() -> None:
     assert len(document.text) == 1_115_394
     assert len(set(document.text)) == 65
     assert hashlib.sha256(document.text.encode()).hexdigest() == corpora.SHAKESPEARE_SHA256
+
+
+def test_a_glob_is_one_domain_and_a_file_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes/a.md", "notes/deep/b.md", "poem.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name, encoding="utf-8")
+    given = DataOptions(source="files", path=["notes/**/*.md", "poem.txt"])
+    assert open_corpus(given).domains() == ["notes", "poem"]
+    assert [d.text for d in open_corpus(given).documents("notes")] == ["notes/a.md", "notes/deep/b.md"]
+    here = DataOptions(source="files", path="*.txt")
+    assert open_corpus(here).domains() == [tmp_path.name]
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.txt: cannot be read"):
+        open_corpus(DataOptions(source="files", path=str(tmp_path / "*.txt")))
+
+
+@pytest.mark.parametrize("source", ["files", "tiny_shakespeare", "stdlib"])
+def test_a_dataset_that_nobody_reads_is_refused(source: str) -> None:
+    path = {"path": "x.txt"} if source == "files" else {}
+    with pytest.raises(RecipeError, match="reads none"):
+        validate(DataOptions, {"source": source, "dataset": "owner/name", **path}, where="data")

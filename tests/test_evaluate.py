@@ -11,7 +11,8 @@ import torch
 from tiny_runs import tiny, words
 
 from moesaic.analysis.evaluate import evaluate
-from moesaic.data.pretrain import TokenStore, prepare
+from moesaic.data.pretrain import prepare
+from moesaic.data.store import TokenStore
 from moesaic.model.transformer import LanguageModel
 
 SEQ_LEN = 16

@@ -192,3 +192,9 @@ def test_nothing_asked_is_nothing_given_and_an_empty_prompt_is_refused() -> None
 def test_options_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SampleOptions(**wrong)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-8])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits_BV = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -9.0, -5.5]])
+    assert sample(logits_BV, SampleOptions(temperature=temperature)).tolist() == [1, 0]

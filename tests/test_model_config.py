@@ -12,7 +12,7 @@ from router_oracles import router_options
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moesaic.model.attention import AttentionOptions
+from moesaic.model.attention import AttentionOptions, RopeScaling
 from moesaic.model.config import InitOptions, ModelConfig
 from moesaic.model.experts import ExpertOptions, FFNOptions
 from moesaic.model.routers import ROUTERS
@@ -94,6 +94,15 @@ def test_flops_equal_those_counted_in_a_forward_pass(changed: dict[str, Any]) ->
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(ids_BT)
     assert made.flops_per_token(8) * ids_BT.numel() == counter.get_total_flops()
+
+
+def test_options_that_would_do_nothing_or_divide_by_nothing_are_refused() -> None:
+    with pytest.raises(ValidationError, match="shared_gate"):
+        ExpertOptions(shared_gate=True)
+    with pytest.raises(ValidationError, match="rope_scaling needs position"):
+        config(position="learned", attention=AttentionOptions(heads=2, rope_scaling=RopeScaling()))
+    with pytest.raises(ValidationError, match="must be above"):
+        RopeScaling(low_freq_factor=4, high_freq_factor=4)
 
 
 def test_counting_needs_no_memory() -> None:

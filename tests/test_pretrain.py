@@ -14,7 +14,8 @@ import torch
 
 from moesaic.data import pretrain
 from moesaic.data.corpora import DataOptions
-from moesaic.data.pretrain import TokenStore, prepare
+from moesaic.data.pretrain import prepare
+from moesaic.data.store import TokenStore
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError, ResourceError
 
@@ -85,13 +86,8 @@ def test_rows_are_uniform_over_all_starts_and_stay_in_one_domain(tmp_path: Path)
     counts = dict.fromkeys(windows, 0)
     for step in range(30):
         inputs, targets = store.batch(0, step, 30, 3)
-        for row, last, domain in zip(
-            inputs, targets[:, -1], store.batch_domains(0, step, 30, 3), strict=True
-        ):
-            window = bytes([*row.tolist(), int(last)]).decode()
-            counts[window] += 1
-            assert window[0].lower() in texts[store.domains[domain]].lower()
-            assert window.isupper() == (store.domains[domain] == "upper")
+        for row, last in zip(inputs, targets[:, -1], strict=True):
+            counts[bytes([*row.tolist(), int(last)]).decode()] += 1
     assert min(counts.values()) > 60  # 100 expected of each, standard deviation below 10
     assert any("domain digits has 3 training tokens" in note for note in store.notes)
     assert len(store.notes) == 1
@@ -232,6 +228,32 @@ def test_concurrent_preparations_agree(
     assert len(stores) == 2
     assert stores[0].folder == stores[1].folder
     assert len(list(stores[0].folder.parent.iterdir())) == 1
+
+
+def test_the_fingerprint_is_of_the_tokens_not_of_the_file(tmp_path: Path) -> None:
+    given = options(tmp_path, {"a": "some text " * 9})
+    first = prepare(given)
+    os.utime(tmp_path / "0.txt", (1, 1))
+    touched = prepare(given)
+    assert touched.folder != first.folder
+    assert touched.fingerprint == first.fingerprint
+    (tmp_path / "0.txt").write_text("some test " * 9)
+    assert prepare(given).fingerprint != first.fingerprint
+
+
+def test_what_a_killed_preparation_left_is_removed_and_what_a_live_one_builds_is_not(tmp_path: Path) -> None:
+    given = options(tmp_path, {"a": "some text " * 9})
+    cache = prepare(given).folder.parent
+    left, live, young = (cache / f".building-{name}" for name in ("left", "live", "young"))
+    for folder in (left, live, young):
+        folder.mkdir()
+        (folder / "a.bin").write_bytes(b"half")
+    for folder in (left, live):
+        os.utime(folder, (1, 1))
+    (tmp_path / "0.txt").write_text("other text " * 9)
+    with pretrain._locked(live):
+        prepare(given)
+    assert [folder.exists() for folder in (left, live, young)] == [False, True, True]
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

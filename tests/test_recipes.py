@@ -223,3 +223,13 @@ def test_another_router_is_one_override_away(kind: str) -> None:
     recipe = load_recipe("char", [f"model.router.kind={kind}"])
     assert recipe.model.router.kind == kind
     assert recipe.model.router.top_k == load_recipe("char").model.router.top_k
+
+
+def test_a_builtin_name_means_the_builtin_beside_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    assert load_recipe("demo").name == "demo"
+    with pytest.raises(RecipeError, match="is a directory"):
+        load_recipe("./demo")

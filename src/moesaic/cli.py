@@ -1,6 +1,8 @@
 """The command line: one binary with verbs. Everything heavy is imported inside the verb."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.errors import MoesaicError, RecipeError, ResourceError
+from moesaic.errors import DataError, MoesaicError, RecipeError, ResourceError
 
 if TYPE_CHECKING:
+    from moesaic.train.measure import Report
     from moesaic.train.recipe import Recipe
 
 app = typer.Typer(
@@ -55,14 +58,12 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe: moesaic train RECIPE [a.b=c …]."""
-    chosen = _recipe(recipe, context.args)
+    chosen = _recipe(recipe, context.args, resume)
     if dry_run:
         from moesaic.train import measure
-        from moesaic.train.rundir import choose_directory
 
-        where = choose_directory(chosen, resume)
-        rows = [("run directory", str(where)), *measure.dry_run(chosen, _say)]
-        _rows(rows, as_json, title=f"{chosen.name}: what it would take")
+        report = measure.dry_run(chosen, _say, resume=resume)
+        _report(report, as_json, title=f"{chosen.name}: what it would take")
         return
     from moesaic.train.loop import train as run_training
 
@@ -73,8 +74,9 @@ def train(
         out.print(Text(f"done: {run}"), soft_wrap=True)
 
 
-@app.command()
+@app.command(context_settings=OVERRIDES)
 def demo(
+    context: typer.Context,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also train dense models of equal active size.")
     ] = False,
@@ -83,7 +85,8 @@ def demo(
     """Train a small MoE on text that is already here, and look inside it (a few minutes)."""
     from moesaic.train.demo import run_demo
 
-    run_demo(out, compare=compare, directory=directory)
+    overrides = context.args if directory is None else [*context.args, f"out={directory}"]
+    run_demo(out, overrides, compare=compare, program=_program())
 
 
 @app.command()
@@ -103,6 +106,7 @@ def generate(
 
     text = _prompt(prompt)
     lm = load(model, device)
+    lm.ids(text)  # refused before anything is echoed
     _write(text)
     for piece in lm.stream(text, max_new_tokens, temperature, seed, top_k, top_p, stop or ()):
         _write(piece)
@@ -166,13 +170,13 @@ def recipes_show(
     resolved: Annotated[bool, typer.Option("--resolved", help="Every key, defaults included.")] = False,
 ) -> None:
     """Print a recipe, as written or resolved (with overrides)."""
-    from moesaic.config import dump_toml
+    from moesaic.config import dump_toml, read_text
     from moesaic.train.recipe import recipe_path
 
     if resolved or context.args:
         typer.echo(dump_toml(_recipe(recipe, context.args)), nl=False)
     else:
-        typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
+        typer.echo(read_text(recipe_path(recipe)), nl=False)
 
 
 @recipes_app.command("copy")
@@ -181,14 +185,16 @@ def recipes_copy(
     target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to put the copy; never overwritten.")],
 ) -> None:
     """Copy a recipe to a file of your own, to change it there."""
+    from moesaic.config import read_text
     from moesaic.train.recipe import recipe_path
 
     source = recipe_path(recipe)
+    text = read_text(source)
     if target.is_dir():
         target = target / f"{source.stem}.toml"
     try:
         with target.open("x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
+            file.write(text)
     except FileExistsError:
         raise RecipeError(f"{target}: exists; choose another name") from None
     except OSError as error:
@@ -227,7 +233,7 @@ def bench(
     from moesaic.train.measure import bench as measure
 
     chosen = _recipe(recipe, context.args)
-    _rows(measure(chosen, _say), as_json, title=f"{chosen.name} on this machine")
+    _report(measure(chosen, _say), as_json, title=f"{chosen.name} on this machine")
 
 
 def main() -> None:
@@ -249,15 +255,29 @@ def _fail(error: MoesaicError) -> None:
     sys.exit(error.exit_code)
 
 
-def _recipe(name: str, words: list[str]) -> "Recipe":
+def _recipe(name: str, words: list[str], resume: bool = False) -> "Recipe":
     from moesaic.train.recipe import load_recipe
 
-    return load_recipe(name, words)
+    return load_recipe(name, words, resume=resume)
 
 
 def _prompt(text: str) -> str:
     """The prompt, or standard input for ``-``."""
-    return sys.stdin.read() if text == "-" else text
+    where = "standard input" if text == "-" else "--prompt"
+    # What of the command line is not UTF-8 reaches Python as lone surrogates.
+    data = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 text (byte {error.start})") from None
+
+
+def _program() -> str:
+    """How this program was called, to show the next command with."""
+    called = Path(sys.argv[0])
+    if called.name != "moesaic" or shutil.which("moesaic") == str(called):
+        return "moesaic"
+    return os.path.relpath(called) if called.is_absolute() else str(called)
 
 
 def _write(text: str) -> None:
@@ -273,6 +293,14 @@ def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
     return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _report(report: "Report", as_json: bool, title: str) -> None:
+    """Print a report's rows, or its numbers as one JSON object."""
+    if as_json:
+        typer.echo(json.dumps(report.numbers))
+    else:
+        _rows(report.rows, False, title)
 
 
 def _rows(rows: list[tuple[str, str]], as_json: bool, title: str | None = None) -> None:

@@ -39,15 +39,21 @@ O = TypeVar("O", bound=Options)
 def read_toml(path: Path) -> dict[str, Any]:
     """Read one TOML file. Raises RecipeError that names the file and, where known, the line."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
+        return tomllib.loads(read_text(path))
+    except ValueError as error:  # TOMLDecodeError, or a number with more digits than Python reads
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    """Read one TOML file as it is written. Raises RecipeError that names the file."""
+    try:
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a directory; give a TOML file") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except ValueError as error:  # TOMLDecodeError, or a number with more digits than Python reads
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -86,7 +86,8 @@ def sample(logits_BV: Tensor, options: SampleOptions, generator: torch.Generator
     """Draw one token per row from float32 logits; int64 [B]."""
     if options.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV / options.temperature
+    # From the maximum down, and by no less than float32 can divide by: a tiny temperature is greedy, not NaN.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(options.temperature, 1e-30)
     if options.top_k is not None and options.top_k < logits_BV.shape[-1]:
         least_B1 = logits_BV.topk(options.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.analysis.routing import counts_per_layer
-from moesaic.data.pretrain import TokenStore
+from moesaic.data.store import TokenStore
 from moesaic.losses import IGNORE, token_losses
 from moesaic.model.transformer import LanguageModel
 

@@ -1,7 +1,8 @@
 """Text, tokens and batches. Nothing here imports a model, and torch only where tensors are made."""
 
 from moesaic.data.corpora import Corpus, DataOptions, Document, open_corpus
-from moesaic.data.pretrain import TokenStore, prepare
+from moesaic.data.pretrain import prepare
+from moesaic.data.store import TokenStore
 from moesaic.data.tokenizers import StreamDecoder, Tokenizer
 
 __all__ = [

@@ -16,14 +16,16 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from moesaic.config import Options
+from moesaic.data.readers import read_texts, text_of
 from moesaic.errors import DataError
+from moesaic.files import write_atomic
 
 Texts: TypeAlias = Callable[[], Iterable[str]]
 
@@ -40,7 +42,8 @@ class DataOptions(Options):
     """Which text to train on, how it becomes tokens, and how much of it is held out."""
 
     source: Literal["stdlib", "tiny_shakespeare", "files", "hub"] = "stdlib"
-    # A file or a glob (``**`` and ``~`` are understood), several, or domain label -> glob.
+    # A file or a glob (``**`` and ``~`` are understood), several, or domain label -> glob. A file's domain is
+    # its name, a glob's the last folder before its first wildcard.
     path: str | list[str] | dict[str, str] | None = None
     dataset: str | None = None  # hub only, as are the next three
     dataset_config: str | None = None
@@ -59,8 +62,8 @@ class DataOptions(Options):
     def _source_fits_its_path(self) -> Self:
         if self.path is not None and self.source in ("stdlib", "hub"):
             raise ValueError(f'path is given, but source={self.source} reads no path; set source="files"')
-        if self.dataset is not None and self.source == "stdlib":
-            raise ValueError('dataset is given, but source=stdlib reads none; set source="hub"')
+        if self.dataset is not None and self.source != "hub":
+            raise ValueError(f'dataset is given, but source={self.source} reads none; set source="hub"')
         if self.source == "files" and not self.path:
             raise ValueError('source="files" needs path, a file or a glob such as "books/**/*.txt"')
         if self.source == "hub" and not self.dataset:
@@ -201,15 +204,35 @@ def _files(options: DataOptions) -> Corpus:
             found[label] = _matches(pattern)
     else:
         patterns = [options.path] if isinstance(options.path, str) else options.path or []
-        for path in dict.fromkeys(path for pattern in patterns for path in _matches(pattern)):
-            found.setdefault(path.stem, []).append(path)
+        for pattern in patterns:
+            paths = found.setdefault(_label(pattern), [])
+            paths += [path for path in _matches(pattern) if path not in paths]
     texts: dict[str, Texts] = {label: partial(_read_files, paths, options) for label, paths in found.items()}
     every = [path for paths in found.values() for path in paths]
-    status = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in every]
+    status = [
+        (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+        for path, stat in zip(every, map(_stat, every), strict=True)
+    ]
     groups = [len(paths) for paths in found.values()]
     identity = {"source": "files", "field": options.field, "files": status, "groups": groups}
     summary = f"{len(every)} {'file' if len(every) == 1 else 'files'}"
     return Corpus(texts, identity, summary, options.max_chars, options.max_documents)
+
+
+def _label(pattern: str) -> str:
+    """The domain of one path or glob: a file's name, or the last folder before the first wildcard."""
+    path = Path(pattern).expanduser()
+    if path.exists() or not glob.has_magic(str(path)):
+        return path.stem
+    fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
+    return Path(*fixed).resolve().name or "files"
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:  # a link to nothing, too
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -226,119 +249,14 @@ def _matches(pattern: str) -> list[Path]:
     else:
         raise DataError(f"{plain}: no such file")
     for path in paths:
-        if path.stat().st_size == 0:
+        if _stat(path).st_size == 0:
             raise DataError(f"{path}: the file is empty; remove it or leave it out of data.path")
     return paths
 
 
 def _read_files(paths: list[Path], options: DataOptions) -> Iterator[str]:
     for path in paths:
-        yield from READERS.get(path.suffix.lower(), _read_text)(path, options)
-
-
-def _read_text(path: Path, options: DataOptions) -> Iterator[str]:
-    try:
-        # Bytes, not text mode: newlines stay as they are and an error knows its offset.
-        yield path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _read_jsonl(path: Path, options: DataOptions) -> Iterator[str]:
-    for where, row in read_rows(path, options.max_line_bytes):
-        yield _text_of(row, options.field, where)
-
-
-def read_rows(path: Path, max_line_bytes: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each JSON object of a JSONL file with its ``file:line``; blank lines are passed over.
-
-    Raises DataError with file and line for broken UTF-8 or JSON, a key given twice, a line above
-    ``max_line_bytes`` (never read whole) and a row that is no object; and for a file without rows.
-    """
-    offset, number, found = 0, 0, False
-    try:
-        with path.open("rb") as file:
-            while line := file.readline(max_line_bytes + 1):
-                number += 1
-                where = f"{path}:{number}"
-                if len(line) > max_line_bytes and not line.endswith(b"\n"):
-                    raise DataError(
-                        f"{where}: the line is longer than {max_line_bytes} bytes (max_line_bytes)"
-                    )
-                row = _parse_row(line, where, offset)
-                if row is not None:
-                    found = True
-                    yield where, row
-                offset += len(line)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if not found:
-        raise DataError(f"{path}: holds no rows; write one JSON object on each line")
-
-
-def _parse_row(line: bytes, where: str, offset: int) -> dict[str, Any] | None:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text (byte {offset + error.start} of the file)") from None
-    text = text.removeprefix("\ufeff") if offset == 0 else text
-    if not text.strip():
-        return None
-    try:
-        row = json.loads(text, object_pairs_hook=_distinct)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: the line is no JSON object; write one object on each line")
-    return row
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {twice!r} appears twice in one object; keep one of them")
-    return row
-
-
-def _text_of(row: Mapping[str, Any], name: str, where: str) -> str:
-    if name not in row:
-        raise DataError(f"{where}: no field {name!r}; set data.field to one of: {', '.join(row) or 'none'}")
-    text = row[name]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: field {name!r} holds {type(text).__name__}, not a string")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}: field {name!r} holds a lone surrogate, which is no character")
-    return text
-
-
-def _read_parquet(path: Path, options: DataOptions) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{path}: Parquet needs pyarrow: pip install 'moesaic[parquet]'") from None
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = [options.field] if options.field in names else names
-            for batch in file.iter_batches(columns=columns, batch_size=1024):
-                for values in batch.to_pylist():
-                    row += 1
-                    yield _text_of(values, options.field, f"{path}: row {row}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file, or damaged: {error}") from None
-    if not row:
-        raise DataError(f"{path}: holds no rows")
-
-
-READERS: dict[str, Callable[[Path, DataOptions], Iterator[str]]]
-READERS = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet}
+        yield from read_texts(path, options.field, options.max_line_bytes)
 
 
 def _tiny_shakespeare(options: DataOptions) -> Corpus:
@@ -362,9 +280,7 @@ def _downloaded_shakespeare(cache: Path) -> Path:
         raise DataError(f"{SHAKESPEARE_URL} cannot be fetched ({error}); {advice}") from None
     if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
         raise DataError(f"what {SHAKESPEARE_URL} sent is not the known text (SHA-256 differs); {advice}")
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    write_atomic(file, content)
     return file
 
 
@@ -384,7 +300,7 @@ def _hub_texts(load: Callable[..., Any], name: str, options: DataOptions) -> Ite
     row, which = 0, {"split": options.dataset_split, "revision": options.dataset_revision}
     try:
         for row, values in enumerate(load(name, options.dataset_config, **which, streaming=True), 1):
-            yield _text_of(values, options.field, f"{name}: row {row}")
+            yield text_of(values, options.field, f"{name}: row {row}")
     except DataError:
         raise
     except Exception as error:  # the network, the Hub and the formats raise whatever they like

@@ -1,6 +1,4 @@
-"""Pretraining data: a corpus tokenised once into memory-mapped shards, and batches out of them.
-
-Shape suffixes: B rows of a batch, T positions of a row, D domains.
+"""Pretraining data: a corpus tokenised once into the memory-mapped shards of store.py.
 
 ``prepare`` writes one shard of token ids per domain into a folder named after all that decides its
 content, so that a second run opens it instead of tokenising again. The folder appears complete or not
@@ -15,49 +13,26 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moesaic.data.corpora import Corpus, DataOptions, Document, cache_folder, open_corpus
+from moesaic.data.store import FORMAT, Shard, TokenStore, checksum_of, sha256_of
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError, ResourceError
-
-if TYPE_CHECKING:  # torch is imported where tensors are made: preparing data does not need it
-    from torch import Tensor
-
-FORMAT = 1
-IGNORED = -100  # the target that torch's cross-entropy leaves out by default
-Split = Literal["train", "val"]
 
 _BATCH_CHARS = 1 << 20
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One domain's file of token ids: the first ``train_tokens`` are for training, the rest validation.
-
-    Bytes are UTF-8 bytes of the text, for bits per byte; a shard of another tokenizer kind than char,
-    byte or BPE may miscount a few at the split.
-    """
-
-    domain: str
-    file: str
-    sha256: str
-    documents: int
-    tokens: int
-    train_tokens: int
-    train_bytes: int
-    val_bytes: int
-
-
-def prepare(options: DataOptions, *, progress: Callable[[str], None] | None = None) -> "TokenStore":
+def prepare(options: DataOptions, *, progress: Callable[[str], None] | None = None) -> TokenStore:
     """The tokens of a corpus: opened when they are in the cache intact, made otherwise.
 
     ``progress`` is given sentences. Two preparations at once do the work twice and agree on one result.
@@ -75,12 +50,14 @@ def prepare(options: DataOptions, *, progress: Callable[[str], None] | None = No
             say(f"{error}; it is built again")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-        try:
-            _build(building, corpus, given or _trained_tokenizer(options, corpus, say), options, say)
-            _put_in_place(building, folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        with _locked(building):
+            try:
+                _build(building, corpus, given or _trained_tokenizer(options, corpus, say), options, say)
+                _put_in_place(building, folder)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{folder.parent}: the disk is full; make room or set data.cache") from None
@@ -134,13 +111,13 @@ def _build(
     meta = {
         "format": FORMAT,
         "dtype": dtype,
-        "tokenizer_sha256": _sha256_of(folder / "tokenizer.json"),
+        "tokenizer_sha256": sha256_of(folder / "tokenizer.json"),
         "val_fraction": options.val_fraction,
         "notes": notes,
         "domains": [asdict(shard) for shard in shards],
     }
     with (folder / "meta.json").open("w", encoding="utf-8", newline="\n") as out:
-        json.dump({**meta, "checksum": _checksum(meta)}, out, indent=1)
+        json.dump({**meta, "checksum": checksum_of(meta)}, out, indent=1)
         _sync(out)
     os.chmod(folder, 0o755)  # a temporary folder is private, a cache may be shared
     _sync_folder(folder)
@@ -209,9 +186,7 @@ def _put_in_place(building: Path, folder: Path) -> None:
     One process at a time: of two that saw the same damaged store, the second would put away what the first
     has just put in its place.
     """
-    parent = os.open(folder.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(parent, fcntl.LOCK_EX)
+    with _locked(folder.parent) as parent:
         if folder.exists():
             try:
                 TokenStore(folder)
@@ -223,167 +198,30 @@ def _put_in_place(building: Path, folder: Path) -> None:
                 return
         os.rename(building, folder)
         os.fsync(parent)
-    finally:
-        os.close(parent)
 
 
-class TokenStore:
-    """Token ids on disk, split into training and validation, read through memory maps.
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[int]:
+    """Hold the lock of a folder, which the kernel drops with the process; yields its descriptor.
 
-    ``notes`` holds sentences about what was left out, and grows when a draw leaves out more.
+    Raises BlockingIOError where another holds it and ``wait`` is False.
     """
-
-    def __init__(self, folder: Path) -> None:
-        """Open and check a store that ``prepare`` wrote; raises DataError when a file is damaged."""
-        self.folder = folder
-        meta = _read_meta(folder)
-        _check_file(folder / "tokenizer.json", meta["tokenizer_sha256"])
-        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        self.shards = [Shard(**entry) for entry in meta["domains"]]
-        self.domains: list[str] = [shard.domain for shard in self.shards]
-        self.notes: list[str] = meta["notes"]
-        self.train_tokens = sum(shard.train_tokens for shard in self.shards)
-        self.val_tokens = sum(shard.tokens - shard.train_tokens for shard in self.shards)
-        self._train: list[NDArray[Any]] = []
-        self._val: list[NDArray[Any]] = []
-        self._starts: dict[int, NDArray[np.int64]] = {}
-        for shard in self.shards:
-            path = folder / shard.file
-            _check_file(path, shard.sha256, shard.tokens * np.dtype(meta["dtype"]).itemsize)
-            ids = np.asarray(np.memmap(path, meta["dtype"], mode="r"))
-            self._train.append(ids[: shard.train_tokens])
-            self._val.append(ids[shard.train_tokens :])
-
-    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> "tuple[Tensor, Tensor]":
-        """Random windows of the training part: inputs and targets, int64 [B, T], on the CPU.
-
-        Starts are uniform over every position of every domain with room for T + 1 tokens. The result
-        depends on the arguments alone, so a resumed run needs to replay nothing. Raises DataError when
-        no domain is long enough.
-        """
-        import torch
-
-        domain_B, start_B = self._draw(seed, step, batch_size, seq_len)
-        pairs = zip(domain_B.tolist(), start_B.tolist(), strict=True)
-        rows = np.stack([self._train[domain][start : start + seq_len + 1] for domain, start in pairs])
-        window_BT1 = torch.from_numpy(rows.astype(np.int64))
-        return window_BT1[:, :-1].contiguous(), window_BT1[:, 1:].contiguous()
-
-    def batch_domains(self, seed: int, step: int, batch_size: int, seq_len: int) -> list[int]:
-        """The index into ``domains`` of each row that ``batch`` gives for the same arguments."""
-        domain_B, _ = self._draw(seed, step, batch_size, seq_len)
-        return [int(domain) for domain in domain_B]
-
-    def _draw(
-        self, seed: int, step: int, batch_size: int, seq_len: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        starts_D = self._starts.get(seq_len)
-        if starts_D is None:
-            starts_D = self._starts[seq_len] = self._valid_starts(seq_len)
-        end_D = starts_D.cumsum()
-        # Philox is a function of its key, so any step is reached without drawing those before it.
-        key = np.array([seed % 2**64, step % 2**64], np.uint64)
-        position_B = np.random.Generator(np.random.Philox(key=key)).integers(0, end_D[-1], batch_size)
-        domain_B = np.searchsorted(end_D, position_B, side="right")
-        return domain_B, position_B - (end_D - starts_D)[domain_B]
-
-    def _valid_starts(self, seq_len: int) -> NDArray[np.int64]:
-        starts_D = np.array([max(0, len(ids) - seq_len) for ids in self._train], np.int64)
-        if not starts_D.any():
-            raise self._too_short("training", self._train, seq_len, "smaller")
-        for shard, starts in zip(self.shards, starts_D, strict=True):
-            if not starts:
-                self.notes.append(
-                    f"domain {shard.domain} has {shard.train_tokens:,} training tokens, too few for a window "
-                    f"of train.seq_len={seq_len} and the token after it; it is not trained on"
-                )
-        return starts_D
-
-    def validation(
-        self, batch_size: int, seq_len: int, domain: str | None = None
-    ) -> "Iterator[tuple[Tensor, Tensor]]":
-        """The validation part in order: inputs and targets, int64 [at most B, T], on the CPU.
-
-        Windows do not overlap: every token but the first of a domain is a target exactly once. What a
-        domain's last window lacks has input 0 and target -100. Raises DataError at once for an unknown
-        domain and for a part that is too short.
-        """
-        parts = dict(zip(self.domains, self._val, strict=True))
-        if domain is not None and domain not in parts:
-            raise DataError(f"no domain {domain!r}; there are: {', '.join(self.domains)}")
-        if max(map(len, self._val)) <= seq_len:
-            raise self._too_short("validation", self._val, seq_len, "larger")
-        if domain is not None and len(parts[domain]) < 2:
-            raise DataError(f"domain {domain} has a single validation token; make data.val_fraction larger")
-        return self._windows(self._val if domain is None else [parts[domain]], batch_size, seq_len)
-
-    @staticmethod
-    def _windows(
-        parts: list[NDArray[Any]], batch_size: int, seq_len: int
-    ) -> "Iterator[tuple[Tensor, Tensor]]":
-        import torch
-
-        places = [(ids, start) for ids in parts for start in range(0, len(ids) - 1, seq_len)]
-        for first in range(0, len(places), batch_size):
-            rows = places[first : first + batch_size]
-            input_BT = np.zeros((len(rows), seq_len), np.int64)
-            target_BT = np.full((len(rows), seq_len), IGNORED, np.int64)
-            for row, (ids, start) in enumerate(rows):
-                window = ids[start : start + seq_len + 1]
-                input_BT[row, : len(window) - 1] = window[:-1]
-                target_BT[row, : len(window) - 1] = window[1:]
-            yield torch.from_numpy(input_BT), torch.from_numpy(target_BT)
-
-    def bytes_per_token(self, split: Split, domain: str | None = None) -> float:
-        """UTF-8 bytes of text per token, end-of-document tokens included, in one domain or in all.
-
-        Nats per token divided by this and by ln 2 are bits per byte.
-        """
-        shards = [shard for shard in self.shards if domain in (None, shard.domain)]
-        if split == "train":
-            size, tokens = sum(s.train_bytes for s in shards), sum(s.train_tokens for s in shards)
-        else:
-            size, tokens = sum(s.val_bytes for s in shards), sum(s.tokens - s.train_tokens for s in shards)
-        if not tokens:
-            raise DataError(f"the {split} part of {domain or 'this corpus'} holds no tokens")
-        return size / tokens
-
-    @staticmethod
-    def _too_short(what: str, parts: list[NDArray[Any]], seq_len: int, mend: str) -> DataError:
-        return DataError(
-            f"the {what} part holds {sum(map(len, parts)):,} tokens, {max(map(len, parts)):,} in its longest "
-            f"domain, but a window of train.seq_len={seq_len} needs {seq_len + 1:,}; make train.seq_len "
-            f"smaller, data.val_fraction {mend}, or the corpus longer"
-        )
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        checksum = meta.pop("checksum")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        raise DataError(f"{folder / 'meta.json'}: missing or damaged") from None
-    if checksum != _checksum(meta) or meta["format"] != FORMAT:
-        raise DataError(f"{folder / 'meta.json'}: damaged, or written by another version")
-    return dict(meta)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _checksum(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _check_file(path: Path, sha256: str, size: int | None = None) -> None:
-    try:
-        sound = size in (None, path.stat().st_size) and _sha256_of(path) == sha256
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if not sound:
-        raise DataError(f"{path}: damaged: its size or SHA-256 is not the recorded one")
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what preparations that were killed have left; those that live hold their folder's lock."""
+    for path in [*cache.glob(".building-*"), *cache.glob(".damaged-*")]:
+        # One that has just been made may not be locked yet; one that is gone was another's to remove.
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > 60:
+                with _locked(path, wait=False):
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(file: IO[Any]) -> None:

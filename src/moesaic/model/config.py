@@ -69,6 +69,8 @@ class ModelConfig(Options):
                 f"attention.heads = {attention.heads} is not a multiple of "
                 f"attention.kv_heads = {attention.num_kv_heads}"
             )
+        if self.position == "learned" and attention.rope_scaling is not None:
+            raise ValueError("attention.rope_scaling needs position = 'rope'; learned positions have none")
         if self.position == "rope" and attention.head_size(self.width) % 2:
             raise ValueError(f"RoPE needs an even head size, not {attention.head_size(self.width)}")
         if self.moe_layers and self.router.top_k > self.experts.count:

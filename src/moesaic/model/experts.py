@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moesaic.config import Options
@@ -44,6 +44,12 @@ class ExpertOptions(FFNOptions):
     count: int = Field(8, ge=1)
     shared_hidden: int = Field(0, ge=0)
     shared_gate: bool = False
+
+    @model_validator(mode="after")
+    def _gates_something(self) -> "ExpertOptions":
+        if self.shared_gate and not self.shared_hidden:
+            raise ValueError("shared_gate = true has no shared expert to gate; set shared_hidden too")
+        return self
 
     @property
     def shared(self) -> FFNOptions | None:

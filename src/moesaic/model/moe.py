@@ -22,7 +22,8 @@ Fill = Callable[[list[int], torch.device], list[int]]
 class MoE(nn.Module):
     """A router, a bank of experts, and perhaps a shared expert (gated as in Qwen2-MoE, or not).
 
-    The bank is replaceable by anything that turns rows sorted by expert, and the counts, into rows.
+    The bank is replaceable by anything that turns rows sorted by expert, and the counts, into rows, and
+    says by ``fill`` how many rows it wants of each.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """y[t] = sum over k of weight[t, k] · rows[place of (t, k)], summed in float32, in the rows' dtype."""
+    """y[t] = sum over k of weight[t, k] · rows[place of (t, k)]; the weights are rounded to the rows' dtype,
+    the sum is float32 until it is given back in that dtype."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,7 @@
-"""Normalisation in float32, whatever the precision of the rest."""
+"""Normalisation whose mean square is float32, whatever the precision of the rest.
+
+The residual stream is float32, so its norms are throughout; queries and keys in bf16 are scaled in bf16.
+"""
 
 from typing import Any
 

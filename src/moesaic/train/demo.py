@@ -1,6 +1,7 @@
 """``moesaic demo``: train, then show what came of it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ class Outcome:
     active: int
 
 
-def run_demo(out: Console, *, compare: bool = False, directory: str | None = None) -> Path:
+def run_demo(
+    out: Console, overrides: Sequence[str] = (), *, compare: bool = False, program: str = "moesaic"
+) -> Path:
     """Train the ``demo`` recipe and print held-out loss, a sample, a routing table and what to try.
 
-    With ``compare``, two dense models of equal active size follow: one for the same number of
-    steps, one for the same wall-clock time (its steps are set from the measured pace of the former).
+    ``program`` is how the commands to try next call moesaic. With ``compare``, two dense models of equal
+    active size follow: one for the same number of steps, one for the same wall-clock time (its steps are
+    set from the measured pace of the former).
     """
-    overrides = [] if directory is None else [f"out={directory}"]
     recipe = load_recipe("demo", overrides)
     run = train(recipe)
     sparse = _outcome("sparse (MoE)", run)
@@ -53,7 +56,7 @@ def run_demo(out: Console, *, compare: bool = False, directory: str | None = Non
     _show_routing(out, run)
     if compare:
         _show_comparison(out, outcomes)
-    _show_next(out, run)
+    _show_next(out, run, program)
     return run
 
 
@@ -144,14 +147,12 @@ def _show_comparison(out: Console, outcomes: list[Outcome]) -> None:
         out.print(Text(f"  at {label} the sparse model {verdict}: {sparse:.4f} against {dense:.4f}"))
 
 
-def _show_next(out: Console, run: Path) -> None:
+def _show_next(out: Console, run: Path, program: str) -> None:
     out.print(Text(f"\nthe run: {run}  (pictures in {run / 'plots'})", style="bold"))
     out.print(Text("try next:"))
-    out.print(Text(f'  .venv/bin/moesaic generate {run} --prompt "class Queue:"'), soft_wrap=True)
-    out.print(
-        Text(f'  .venv/bin/moesaic inspect {run} --prompt "class Queue:" --tokens --out routing.png'),
-        soft_wrap=True,
-    )
-    out.print(
-        Text("  .venv/bin/moesaic train char      # Shakespeare, character by character"), soft_wrap=True
-    )
+    for command in (
+        f'generate {run} --prompt "class Queue:"',
+        f'inspect {run} --prompt "class Queue:" --tokens --out routing.png',
+        "train char      # Shakespeare, character by character",
+    ):
+        out.print(Text(f"  {program} {command}"), soft_wrap=True)

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -87,11 +88,11 @@ TRACKERS: dict[str, Callable[[Path, Recipe, int], Tracker]] = {
 class Logger:
     """Writes rows to ``metrics.jsonl`` and the tracker, and shows progress on the terminal.
 
-    In a terminal one line is rewritten in place; in a pipe a plain line is printed at most every
-    ``plain_every`` seconds. NO_COLOR and TERM=dumb are honoured by rich.
+    In a terminal one line is rewritten in place at most every ``live_every`` seconds; in a pipe a plain
+    line is printed at most every ``plain_every`` seconds. NO_COLOR and TERM=dumb are honoured by rich.
     """
 
-    plain_every = 10.0
+    live_every, plain_every = 0.1, 10.0  # seconds
 
     def __init__(self, run: Path, recipe: Recipe, console: Console | None = None) -> None:
         self.steps = recipe.train.steps
@@ -104,13 +105,23 @@ class Logger:
         self.in_terminal = self.console.is_terminal and not self.console.is_dumb_terminal
         if self.in_terminal:
             self.live.start()
-        self.last_plain = 0.0
+        self.last_shown = 0.0
         self.pace: list[tuple[float, int]] = []
 
     def start_tracker(self, step: int) -> None:
-        """Open the tracker that the recipe names, if any; the run stands at ``step``."""
-        if self.recipe.tracker != "none":
-            self.tracker = TRACKERS[self.recipe.tracker](self.run, self.recipe, step)
+        """Open the tracker that the recipe names, if any; the run stands at ``step``.
+
+        Raises RecipeError where it cannot be opened: better now than after a day without it.
+        """
+        name = self.recipe.tracker
+        if name == "none":
+            return
+        try:
+            self.tracker = TRACKERS[name](self.run, self.recipe, step)
+        except RecipeError:
+            raise
+        except Exception as error:  # whatever an outside service raises
+            raise RecipeError(f"tracker = {name!r} cannot be opened: {error}; or set tracker=none") from None
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Append one row (``step``, ``split``, ``loss``, ``tokens``, ``time``, …)."""
@@ -137,13 +148,15 @@ class Logger:
                 self.files.pop(name).close()
             cut_rows(self.run / name, step)
 
+    def due(self, step: int) -> bool:
+        """Whether to show progress now: a terminal's line lives, a pipe gets one in a while."""
+        since = time.monotonic() - self.last_shown
+        return step == self.steps or since >= (self.live_every if self.in_terminal else self.plain_every)
+
     def progress(self, step: int, loss: float, tokens_per_second: float, balance: float | None) -> None:
-        """Show where training is. Cheap enough for every step."""
-        now = time.monotonic()
+        """Show where training is."""
+        now = self.last_shown = time.monotonic()
         self.pace = [*self.pace[-49:], (now, step)]
-        due = step == self.steps or now - self.last_plain >= self.plain_every
-        if not (self.in_terminal or due):
-            return
         (then, first), (last, latest) = self.pace[0], self.pace[-1]
         eta = (last - then) / (latest - first) * (self.steps - step) if latest > first else None
         parts = [
@@ -159,7 +172,6 @@ class Logger:
         if self.in_terminal:
             self.live.update(Text(line, style="cyan"))
         else:
-            self.last_plain = now
             self.say(line)
 
     def say(self, text: str) -> None:
@@ -171,9 +183,13 @@ class Logger:
         if self.in_terminal:
             self.live.stop()
         for file in self.files.values():
-            file.close()
+            with suppress(OSError):  # a row that did not fit was reported when it was written
+                file.close()
         if self.tracker is not None:
-            self.tracker.close(finished)
+            try:
+                self.tracker.close(finished)
+            except Exception as error:  # the run itself is whole
+                self.say(f"the tracker could not be told of the end: {error}")
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         # Opened at the first row and again after a cut, which puts another file in its place.

@@ -13,13 +13,13 @@ from moesaic.analysis.evaluate import Evaluation, evaluate
 from moesaic.analysis.plots import load_heatmap, loss_curve, specialisation_heatmap
 from moesaic.analysis.routing import counts_per_layer, dropped_share, specialisation, summarise_load
 from moesaic.errors import DivergedError, RecipeError, ResourceError, Stopped
-from moesaic.files import RunLock
+from moesaic.files import RunLock, explained
 from moesaic.generate import SampleOptions, stream
 from moesaic.train.interrupt import Interrupt
 from moesaic.train.logger import Logger
 from moesaic.train.objectives import Loss
 from moesaic.train.optim import schedule_factor, set_learning_rate
-from moesaic.train.recipe import Recipe, load_recipe
+from moesaic.train.recipe import Recipe, TrainOptions, load_recipe
 from moesaic.train.rundir import check_same_run, choose_directory, create, read_rows, stored_recipe
 from moesaic.train.session import Progress, Session, build_session, step_seed
 from moesaic.weights.checkpoint import newest_valid, save, write_checkpoint
@@ -56,7 +56,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 
 def run(name: str, overrides: Sequence[str] = (), *, resume: bool = False) -> Path:
     """Train a built-in recipe, a TOML file or a run directory by name; ``overrides`` are ``a.b=c``."""
-    return train(load_recipe(name, overrides), resume=resume)
+    return train(load_recipe(name, overrides, resume=resume), resume=resume)
 
 
 def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrupt: Interrupt) -> None:
@@ -76,6 +76,8 @@ def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrup
                 meter = _Meter()
                 continue
             meter.add(loss, norm, time.perf_counter() - started)
+            if log.due(step):
+                log.progress(step, *meter.now(options))
         progress.step = step
         progress.tokens += options.batch_size * options.seq_len
         progress.seconds += time.perf_counter() - started
@@ -83,16 +85,14 @@ def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrup
 
         last = step == options.steps
         if meter.losses and (step % options.log_every == 0 or last):
-            row = meter.row(session, progress)
+            log.row(meter.row(session, progress))
             meter = _Meter()
-            log.row(row)
-            log.progress(step, row["loss"], row["tokens_per_second"], row.get("balance"))
         if step % recipe.eval.every == 0 or last:
             _evaluate(session, progress, log)
         if step % recipe.checkpoint.every == 0 or last or interrupt.requested:
             _save(session, progress, run, log)
         if interrupt.requested and not last:
-            raise Stopped(f"stopped after step {step} and saved; continue with --resume out={run}")
+            raise Stopped(f"stopped after step {step} and saved; continue with: moesaic train {run} --resume")
 
 
 def train_step(session: Session, step: int) -> tuple[list[Loss], float | None]:
@@ -149,12 +149,11 @@ def _not_finite(
     )
     policy = session.recipe.train.on_nan
     if policy == "stop":
+        mend = "start again with a lower optim.lr or a train.clip"
         if progress.step > 0:  # the weights of the step before are whole: keep them
             _save(session, progress, run, log)
-        raise DivergedError(
-            f"{what}; the weights of step {progress.step} are untouched and saved; lower optim.lr, set "
-            "train.clip, or set train.on_nan to 'skip' or 'rollback'"
-        )
+            mend = f"pass over this batch with: moesaic train {run} --resume train.on_nan=skip; or {mend}"
+        raise DivergedError(f"{what}; {mend}")
     if len(progress.passed_over) >= _MOST_PASSED_OVER:
         raise DivergedError(f"{what}; {_MOST_PASSED_OVER} batches were passed over before it")
     passed_over = [*progress.passed_over, step]
@@ -241,7 +240,11 @@ def _save(session: Session, progress: Progress, run: Path, log: Logger) -> None:
 def _finish(session: Session, progress: Progress, run: Path, log: Logger) -> None:
     """The exportable model and the pictures."""
     write_checkpoint(run / "model", session.exported(progress.step))
-    plots = run / "plots"
+    with explained(run, f"the pictures of {run} cannot be written", "its model is whole"):
+        _draw(run, run / "plots")
+
+
+def _draw(run: Path, plots: Path) -> None:
     plots.mkdir(exist_ok=True)
     rows = read_rows(run / "metrics.jsonl")
     split = {name: [r for r in rows if r["split"] == name] for name in ("train", "val")}
@@ -269,6 +272,14 @@ class _Meter:
         self.last, self.norm = losses, norm
         self.seconds += seconds
         self.steps += 1
+
+    def now(self, options: TrainOptions) -> tuple[float, float, float | None]:
+        """For the eye: the mean loss, the pace, and how uneven the experts' load is since the last row."""
+        loss = float(torch.stack([parts["ce"] for parts in self.losses]).mean())
+        pace = self.steps * options.batch_size * options.seq_len / self.seconds
+        routings = self.last[-1].routings
+        balance = summarise_load(counts_per_layer(routings, wanted=True)).balance if routings else None
+        return loss, pace, balance
 
     def row(self, session: Session, progress: Progress) -> dict[str, Any]:
         """A row of metrics.jsonl: losses are means since the last row, the load is the last step's."""

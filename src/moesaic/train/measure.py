@@ -3,7 +3,8 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from moesaic.machine import matmul_rate, peak_memory, read_bandwidth
 from moesaic.train.loop import train_step
 from moesaic.train.optim import optimizer_tensors, schedule_factor, set_learning_rate
 from moesaic.train.recipe import Recipe
+from moesaic.train.rundir import check_room, check_same_run, choose_directory, stored_recipe
 from moesaic.train.session import Session, build_session
 
 
@@ -77,19 +79,33 @@ def measure(session: Session, repeats: int = 5) -> Cost:
     )
 
 
-def dry_run(recipe: Recipe, say: Callable[[str], None]) -> list[tuple[str, str]]:
-    """Check everything a run needs, take real steps, and return (what, how much) rows to print.
+@dataclass(frozen=True)
+class Report:
+    """What to print: rows of (what, how much) for people, numbers for programs."""
 
-    Nothing is written to the run directory; the token cache is filled.
+    rows: list[tuple[str, str]]
+    numbers: dict[str, Any]
+
+
+def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False) -> Report:
+    """Check everything a run needs, take real steps, and report what the run would take.
+
+    Nothing is written to the run directory; the token cache is filled. Raises what the run would: for
+    the recipe, its data, its directory (or, to ``resume``, another recipe there) and the room on disk.
     """
+    where = choose_directory(recipe, resume)
+    if resume:
+        check_same_run(stored_recipe(where), recipe, where)
     session = build_session(recipe, say)
     cost = measure(session)
+    check_room(where, cost.disk_bytes)
     config, store = session.model.config, session.store
     experts = config.experts.count * len(config.moe_layers)
     state, peak = human_size(cost.state_bytes), human_size(cost.peak_bytes)
     disk, checkpoint = human_size(cost.disk_bytes), human_size(cost.checkpoint_bytes)
     steps = f"{recipe.train.steps:,} steps on {session.device}"
-    return [
+    rows = [
+        ("run directory", str(where)),
         ("parameters", f"{cost.parameters:,} in all, {cost.active:,} active per token, {experts:,} experts"),
         ("training tokens", f"{store.train_tokens:,} in {', '.join(store.domains)}"),
         ("memory", f"{state} weights, gradients and optimizer; {peak} at the peak of a step"),
@@ -98,9 +114,11 @@ def dry_run(recipe: Recipe, say: Callable[[str], None]) -> list[tuple[str, str]]
         ("one evaluation", f"{cost.eval_seconds:.1f} s"),
         ("whole run", f"{_duration(cost.total_seconds)} for {steps}"),
     ]
+    numbers = {"run": str(where), "experts": experts, "train_tokens": store.train_tokens, **asdict(cost)}
+    return Report(rows, numbers)
 
 
-def bench(recipe: Recipe, say: Callable[[str], None]) -> list[tuple[str, str]]:
+def bench(recipe: Recipe, say: Callable[[str], None]) -> Report:
     """Training and decoding speed of a recipe beside the machine's own limits, from one run."""
     session = build_session(recipe, say)
     cost = measure(session, repeats=20)
@@ -110,13 +128,16 @@ def bench(recipe: Recipe, say: Callable[[str], None]) -> list[tuple[str, str]]:
     weights = session.model.config.parameters().active * 4
     bandwidth = read_bandwidth(device=session.device)
     name = "bf16" if session.bf16 else "fp32"
-    return [
+    rows = [
         ("machine", f"{rate / 1e9:,.0f} GFLOP/s ({name} 2048³), reads {bandwidth / 1e9:.1f} GB/s"),
         ("training step", _pace(cost)),
         ("", f"{achieved / 1e9:,.0f} GFLOP/s, {achieved / rate:.2f} of the machine's matmul rate"),
         ("decoding", f"{decode:,.0f} tokens/s with the cache, one stream"),
         ("", f"{decode * weights / bandwidth:.2f} of the machine's bandwidth over the active weights"),
     ]
+    numbers = {"precision": name, "matmul_flops": rate, "read_bytes_per_second": bandwidth}
+    numbers |= {"decode_tokens_per_second": decode, **asdict(cost)}
+    return Report(rows, numbers)
 
 
 def _decode_rate(session: Session, repeats: int = 5) -> float:

@@ -121,9 +121,9 @@ def orthogonalise(stack: Tensor, steps: int = 4) -> Tensor:
 
     ``steps`` odd quintic polynomials of each matrix, in bfloat16, every one the best for what the one
     before it left (Amsel et al. 2025, Polar Express, arXiv 2505.16932, algorithm 1). Four of them bring
-    singular values above a thousandth of the matrix's norm to 0.45–1.55, as good for a char model after
-    200 steps as five of Jordan's fixed ones (1.6563 against 1.6572). What matters is how far small singular
-    values are lifted: three polynomials that bring all above a fiftieth to 0.91–1.09 gave 1.679.
+    singular values above a thousandth of the matrix's norm to 0.43–1.55 and are as good for the char recipe
+    as five of Jordan's fixed ones; what matters is how far small singular values are lifted
+    (docs/evidence.md).
     """
     x = stack.bfloat16()
     tall = x.shape[-2] > x.shape[-1]

@@ -113,14 +113,13 @@ def builtin_recipes() -> dict[str, Path]:
 
 def recipe_path(name: str) -> Path:
     """The file of a recipe given as a built-in name, a TOML file or a run directory."""
-    path = Path(name)
+    path, builtin = Path(name), builtin_recipes()
+    if name in builtin:  # also beside a file or folder of that name, which ./NAME means
+        return builtin[name]
     if path.is_dir() and (path / "recipe.toml").is_file():
         return path / "recipe.toml"
-    builtin = builtin_recipes()
     if path.suffix == ".toml" or path.exists():
         return path
-    if name in builtin:
-        return builtin[name]
     raise RecipeError(f"{name!r} is no recipe: give {', '.join(builtin)}, a TOML file or a run directory")
 
 
@@ -137,11 +136,16 @@ def _forget_old_router(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) 
         model["router"] = {key: value for key, value in router.items() if key in known}
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe. Raises RecipeError, a line per mistake."""
+def load_recipe(name: str, overrides: Sequence[str] = (), *, resume: bool = False) -> Recipe:
+    """Read, override and check a recipe. Raises RecipeError, a line per mistake.
+
+    To ``resume`` a run directory means that run, wherever its recipe says it was.
+    """
     path = recipe_path(name)
     table: dict[str, Any] = read_toml(path)
     table.setdefault("name", path.stem)
+    if resume and path == Path(name) / "recipe.toml":
+        table["out"] = name
     pairs = parse_overrides(overrides)
     _forget_old_router(table, pairs)
     table = apply_overrides(table, pairs)

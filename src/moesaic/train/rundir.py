@@ -4,19 +4,24 @@ recipe.toml  env.json  metrics.jsonl  load.jsonl  checkpoints/step-…/  latest 
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moesaic.config import dump_toml, read_toml, validate
-from moesaic.errors import DataError, RecipeError
-from moesaic.files import write_atomic
+from moesaic.errors import DataError, RecipeError, ResourceError
+from moesaic.files import free_bytes, human_size, write_atomic
 from moesaic.machine import describe
 from moesaic.train.recipe import Recipe
 
 # A resumed run must be the same run; only what does not touch the weights' path may change.
-_MAY_CHANGE = {"out", "name", "about", "tracker", "eval", "checkpoint"}
+_MAY_CHANGE = [
+    *("out", "name", "about", "tracker", "eval", "checkpoint", "data.cache"),
+    *("train.steps", "train.device", "train.log_every", "train.on_nan"),
+    "model.vocab_size",  # which a recipe may leave to the tokenizer
+]
 
 # What a process that is killed before recipe.toml is in place leaves behind.
 _BEFORE_A_RUN = re.compile(r"\.lock|env\.json|\.(env\.json|recipe\.toml)\.tmp-\d+")
@@ -53,6 +58,18 @@ def _checked(path: Path, resume: bool) -> Path:
     return path
 
 
+def check_room(path: Path, needed: int) -> None:
+    """Raise where the run directory ``path`` could not be made, or lacks ``needed`` bytes of room."""
+    there = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not os.access(there, os.W_OK):
+        raise RecipeError(f"{path}: {there} cannot be written to; choose another out=DIR")
+    if free_bytes(there) < needed:
+        raise ResourceError(
+            f"{path}: the run needs {human_size(needed)} and {there} has {human_size(free_bytes(there))} "
+            "free; make room, choose another out=DIR, or lower checkpoint.keep"
+        )
+
+
 def _is_free(path: Path) -> bool:
     """Whether nothing is there but what a start that failed or was killed leaves behind."""
     if not path.exists():
@@ -78,11 +95,9 @@ def check_same_run(stored: Recipe, given: Recipe, path: Path) -> None:
     """
     before, after = stored.model_dump(mode="json"), given.model_dump(mode="json")
     for table in (before, after):
-        table["train"].pop("steps")
-        table["train"].pop("device")
-        table["model"].pop("vocab_size")
         for name in _MAY_CHANGE:
-            table.pop(name)
+            part, _, key = name.rpartition(".")
+            (table[part] if part else table).pop(key)
     changed = sorted(_differences(before, after))
     if changed:
         raise RecipeError(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from moesaic.data.pretrain import TokenStore, prepare
+from moesaic.data.pretrain import prepare
+from moesaic.data.store import TokenStore
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import human_size
 from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
@@ -71,7 +72,7 @@ class Session:
         exported = self.exported(progress.step)
         exported.tensors["optimizer.safetensors"] = optimizer_tensors(self.model, self.optimizers)
         exported.json["state.json"] = vars(progress)
-        exported.json["data.json"] = {"store": self.store.folder.name}
+        exported.json["data.json"] = {"tokens": self.store.fingerprint}
         return exported
 
     def exported(self, step: int) -> Contents:
@@ -89,7 +90,7 @@ class Session:
     def restore(self, directory: Path) -> Progress:
         """Take model, optimizers and progress from a checkpoint directory, verified."""
         contents = read_checkpoint(directory)
-        if contents.json.get("data.json") != {"store": self.store.folder.name}:
+        if contents.json.get("data.json") != {"tokens": self.store.fingerprint}:
             raise CheckpointError(
                 f"{directory}: data.* gives another text, split or tokenizer now than when this run began "
                 "(a file changed, or Python's own library did); bring it back, or start anew elsewhere"

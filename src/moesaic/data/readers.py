@@ -1,0 +1,122 @@
+"""Texts out of files: plain text, JSON lines, Parquet. A reader is a function and a line in ``READERS``."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import DataError
+
+
+def _read_text(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
+    try:
+        # Bytes, not text mode: newlines stay as they are and an error knows its offset.
+        yield path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_jsonl(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
+    for where, row in read_rows(path, max_line_bytes):
+        yield text_of(row, field, where)
+
+
+def read_rows(path: Path, max_line_bytes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each JSON object of a JSONL file with its ``file:line``; blank lines are passed over.
+
+    Raises DataError with file and line for broken UTF-8 or JSON, a key given twice, a line above
+    ``max_line_bytes`` (never read whole) and a row that is no object; and for a file without rows.
+    """
+    offset, number, found = 0, 0, False
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(max_line_bytes + 1):
+                number += 1
+                where = f"{path}:{number}"
+                if len(line) > max_line_bytes and not line.endswith(b"\n"):
+                    raise DataError(
+                        f"{where}: the line is longer than {max_line_bytes} bytes (max_line_bytes)"
+                    )
+                row = _parse_row(line, where, offset)
+                if row is not None:
+                    found = True
+                    yield where, row
+                offset += len(line)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if not found:
+        raise DataError(f"{path}: holds no rows; write one JSON object on each line")
+
+
+def _parse_row(line: bytes, where: str, offset: int) -> dict[str, Any] | None:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text (byte {offset + error.start} of the file)") from None
+    text = text.removeprefix("\ufeff") if offset == 0 else text
+    if not text.strip():
+        return None
+    try:
+        row = json.loads(text, object_pairs_hook=_distinct)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: the line is no JSON object; write one object on each line")
+    return row
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} appears twice in one object; keep one of them")
+    return row
+
+
+def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
+    """The text in field ``name`` of a row; raises DataError, naming ``where``, for a row without one."""
+    if name not in row:
+        raise DataError(f"{where}: no field {name!r}; set data.field to one of: {', '.join(row) or 'none'}")
+    text = row[name]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field {name!r} holds {type(text).__name__}, not a string")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where}: field {name!r} holds a lone surrogate, which is no character")
+    return text
+
+
+def _read_parquet(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: Parquet needs pyarrow: pip install 'moesaic[parquet]'") from None
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns = [field] if field in names else names
+            for batch in file.iter_batches(columns=columns, batch_size=1024):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield text_of(values, field, f"{path}: row {row}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file, or damaged: {error}") from None
+    if not row:
+        raise DataError(f"{path}: holds no rows")
+
+
+READERS: dict[str, Callable[[Path, str, int], Iterator[str]]]
+READERS = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet}
+
+
+def read_texts(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
+    """The texts of one file by its ending: JSONL and Parquet rows by ``field``, anything else whole.
+
+    Raises DataError that names the file and the line or row.
+    """
+    yield from READERS.get(path.suffix.lower(), _read_text)(path, field, max_line_bytes)
