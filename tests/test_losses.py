@@ -13,6 +13,7 @@ import torch
 from router_oracles import randomise, router_options
 from torch import Tensor, nn
 
+from moesaic.analysis.routing import dropped_share
 from moesaic.losses import (
     IGNORE,
     BalanceConvention,
@@ -159,7 +160,7 @@ def test_one_step_on_the_balance_loss_alone_evens_out_the_router() -> None:
 def test_capacity_does_not_hide_an_imbalance_from_the_balance_loss() -> None:
     logits_TE = prefer([[2, 3]])
     free, tight = route(logits_TE, 2).detach(), route(logits_TE, 2, capacity_factor=1.0)
-    assert tight.dropped_share() > 0.5
+    assert dropped_share([tight]) > 0.5
     assert balance_loss([tight]) == balance_loss([free])
 
 

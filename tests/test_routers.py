@@ -20,6 +20,7 @@ from router_oracles import (
 )
 from torch import Tensor
 
+from moesaic.analysis.routing import dropped_share
 from moesaic.losses import balance_loss, entropy_bonus, z_loss
 from moesaic.model.routers import ROUTERS, Router
 from moesaic.routing import Routing
@@ -146,7 +147,7 @@ def test_a_batch_of_nothing_but_padding_routes_nothing(kind: str) -> None:
     router = random_router(router_options(kind, 2), WIDTH, 5).train()
     routing = router(tokens(4), torch.zeros(4, dtype=torch.bool))
     assert int(routing.keep_TK.sum()) == 0
-    assert routing.dropped_share() == 0
+    assert dropped_share([routing]) == 0
     for loss in (balance_loss([routing]), z_loss([routing]), entropy_bonus([routing])):
         assert loss.item() == 0
 

@@ -9,8 +9,9 @@ import torch
 from router_oracles import random_router, router_options
 from torch import Tensor
 
+from moesaic.analysis.routing import dropped_share
 from moesaic.model.routers import ROUTERS, TokenChoiceOptions, within_capacity
-from moesaic.routing import Routing, concatenate
+from moesaic.routing import Routing
 
 torch.set_num_threads(1)
 
@@ -52,13 +53,13 @@ def test_counts_and_dropped_share_by_hand() -> None:
     assert routing.counts_E().tolist() == [1, 1, 0, 1, 0]
     assert routing.counts_E(wanted=True).tolist() == [2, 2, 0, 1, 0]
     assert routing.counts_E().dtype == torch.int64
-    assert routing.dropped_share() == pytest.approx(2 / 5)
+    assert dropped_share([routing]) == pytest.approx(2 / 5)
     assert routing.real_tokens() == 3
 
 
 def test_nothing_wanted_means_nothing_dropped() -> None:
     routing = routing_of([[0, 1]], [[False, False]], [[False, False]], 2, real_T=torch.tensor([False]))
-    assert routing.dropped_share() == 0.0
+    assert dropped_share([routing]) == 0.0
     assert routing.real_tokens() == 0
     assert routing.counts_E().tolist() == [0, 0]
 
@@ -71,19 +72,6 @@ def test_detach_keeps_the_decision_and_drops_the_history() -> None:
         assert torch.equal(getattr(detached, name), getattr(routing, name))
         assert not getattr(detached, name).requires_grad
     assert routing.weight_TK.requires_grad
-
-
-def test_concatenate_joins_tokens_and_treats_a_missing_mask_as_real() -> None:
-    router = random_router(router_options("top_k", 2), 6, 4)
-    x_TD, real_T = tokens(7), torch.tensor([True, False, True])
-    parts = [router(x_TD[:4]), router(x_TD[4:], real_T)]
-    joined = concatenate(parts)
-    whole = router(x_TD, torch.cat([torch.ones(4, dtype=torch.bool), real_T]))
-    for name in ("expert_TK", "keep_TK", "wanted_TK", "real_T"):
-        assert torch.equal(getattr(joined, name), getattr(whole, name))
-    for name in ("weight_TK", "logits_TE", "probs_TE"):
-        torch.testing.assert_close(getattr(joined, name), getattr(whole, name))
-    assert concatenate(parts[:1]).real_T is None
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 3, 100])
@@ -115,8 +103,8 @@ def test_a_capacity_factor_limits_every_expert_and_drops_the_later_tokens(kind: 
     assert routing.keep_TK[routing.wanted_TK].tolist() == kept
     assert not routing.keep_TK[~routing.wanted_TK].any()
     assert routing.counts_E().max() == limit
-    assert routing.dropped_share() == pytest.approx(1 - sum(kept) / len(kept))
-    assert routing.dropped_share() > 0
+    assert dropped_share([routing]) == pytest.approx(1 - sum(kept) / len(kept))
+    assert dropped_share([routing]) > 0
 
 
 @pytest.mark.parametrize("kind", TOKEN_CHOICE)
@@ -124,10 +112,10 @@ def test_evaluation_drops_nothing_unless_it_has_its_own_capacity(kind: str) -> N
     x_TD = tokens(17)
     free = random_router(router_options(kind, 2, capacity_factor=0.2), 6, 5).eval()(x_TD)
     assert torch.equal(free.keep_TK, free.wanted_TK)
-    assert free.dropped_share() == 0
+    assert dropped_share([free]) == 0
     tight = random_router(router_options(kind, 2, eval_capacity_factor=0.2), 6, 5)
     assert tight.eval()(x_TD).counts_E().max() == 1
-    assert tight.train()(x_TD).dropped_share() == 0
+    assert dropped_share([tight.train()(x_TD)]) == 0
 
 
 @pytest.mark.parametrize("kind", TOKEN_CHOICE)
@@ -138,4 +126,4 @@ def test_padding_takes_no_capacity(kind: str) -> None:
     padded, alone = router(x_TD, real_T), router(x_TD[real_T])
     assert torch.equal(padded.keep_TK[real_T], alone.keep_TK)
     assert not padded.keep_TK[~real_T].any()
-    assert padded.dropped_share() == alone.dropped_share() > 0
+    assert dropped_share([padded]) == dropped_share([alone]) > 0

@@ -6,7 +6,6 @@ no module keeps a counter of its own.
 Shape legend: T tokens (batch and positions flattened), E experts, K choices per token.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +50,6 @@ class Routing:
     def real_tokens(self) -> int:
         return self.expert_TK.shape[0] if self.real_T is None else int(self.real_T.sum())
 
-    def dropped_share(self) -> float:
-        """Share of the wanted choices that capacity dropped, in [0, 1]."""
-        wanted = int(self.wanted_TK.sum())
-        return 1.0 - int(self.keep_TK.sum()) / wanted if wanted else 0.0
-
     def detach(self) -> "Routing":
         """The same decision without its autograd history."""
         return Routing(
@@ -67,17 +61,3 @@ class Routing:
             self.wanted_TK,
             self.real_T,
         )
-
-
-def concatenate(parts: Sequence[Routing]) -> Routing:
-    """Join the routings of one router over several calls along the token axis."""
-    reals = [p.real_T if p.real_T is not None else torch.ones_like(p.keep_TK[:, 0]) for p in parts]
-    return Routing(
-        weight_TK=torch.cat([p.weight_TK for p in parts]),
-        expert_TK=torch.cat([p.expert_TK for p in parts]),
-        keep_TK=torch.cat([p.keep_TK for p in parts]),
-        logits_TE=torch.cat([p.logits_TE for p in parts]),
-        probs_TE=torch.cat([p.probs_TE for p in parts]),
-        wanted_TK=torch.cat([p.wanted_TK for p in parts]),
-        real_T=None if all(p.real_T is None for p in parts) else torch.cat(reals),
-    )
