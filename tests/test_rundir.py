@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_runs import run_tiny, tiny, words
+from tiny_runs import rows, run_tiny, tiny, words
 
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.train.recipe import load_recipe
@@ -35,7 +35,8 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_the_same_text_from_another_file(tmp_path: Path) -> None:
     run_tiny(tmp_path, "run", "train.steps=2")
     os.utime(str(tiny(tmp_path).data.path), (1, 1))
-    run_tiny(tmp_path, "run", "train.steps=3", f"data.cache={tmp_path / 'elsewhere'}", resume=True)
+    run = run_tiny(tmp_path, "run", "train.steps=3", f"data.cache={tmp_path / 'elsewhere'}", resume=True)
+    assert [row["step"] for row in rows(run, "train")] == [1, 2, 3]
 
 
 def test_to_resume_a_run_directory_means_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
