@@ -28,6 +28,7 @@ from moesaic.data.corpora import Corpus, DataOptions, Document, cache_folder, op
 from moesaic.data.store import FORMAT, Shard, TokenStore, checksum_of, sha256_of
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError, ResourceError
+from moesaic.files import sync_directory
 
 _BATCH_CHARS = 1 << 20
 
@@ -120,7 +121,7 @@ def _build(
         json.dump({**meta, "checksum": checksum_of(meta)}, out, indent=1)
         _sync(out)
     os.chmod(folder, 0o755)  # a temporary folder is private, a cache may be shared
-    _sync_folder(folder)
+    sync_directory(folder)
 
 
 def _write_shard(
@@ -227,11 +228,3 @@ def _remove_abandoned(cache: Path) -> None:
 def _sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
