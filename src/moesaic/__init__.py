@@ -9,7 +9,8 @@ for layer, routing in enumerate(lm.routing(lm.ids("def main("))):
     print(layer, routing.counts_E().tolist())
 
 What the command line does has a name here too: ``run`` (train), ``dry_run``, ``bench``, ``route_prompt``
-(inspect), ``builtin_recipes`` and ``load_recipe`` (recipes), ``describe`` (env), and the methods of ``LM``.
+(inspect), ``export_model`` (export), ``builtin_recipes`` and ``load_recipe`` (recipes), ``describe`` (env),
+and the methods of ``LM``.
 """
 
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesaic.analysis.prompt import route_prompt as route_prompt
+    from moesaic.export import export_model as export_model
     from moesaic.lm import LM as LM
     from moesaic.lm import load as load
     from moesaic.machine import describe as describe
@@ -42,6 +44,7 @@ _HOME = {
     "builtin_recipes": "moesaic.train.recipe",
     "describe": "moesaic.machine",
     "dry_run": "moesaic.train.measure",
+    "export_model": "moesaic.export",
     "load": "moesaic.lm",
     "load_recipe": "moesaic.train.recipe",
     "route_prompt": "moesaic.analysis.prompt",
@@ -56,6 +59,7 @@ __all__ = [
     "builtin_recipes",
     "describe",
     "dry_run",
+    "export_model",
     "load",
     "load_recipe",
     "route_prompt",

@@ -34,7 +34,10 @@ RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A built-in name, a TOML file or a run directory.")
 ]
 ModelDir = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A run directory, a checkpoint or a model folder.")
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="A run directory, a checkpoint, an export or a Hugging Face directory."
+    ),
 ]
 Prompt = Annotated[
     str, typer.Option("--prompt", "-p", help="The text to start from; - reads standard input.")
@@ -144,6 +147,27 @@ def inspect(
         out.print(routing.token_table())
     if picture is not None:
         err.print(Text(f"drawn: {picture}"))
+
+
+@app.command()
+def export(
+    model: ModelDir,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory, or a new .gguf file.")],
+    to: Annotated[str, typer.Option("--to", help="hf or gguf.")] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="hf: float32, bfloat16, float16 (as stored). gguf: f32, f16 (default), bf16, q8_0."
+        ),
+    ] = None,
+) -> None:
+    """Write a model for other tools: transformers, vLLM and lm-eval (hf), llama.cpp (gguf)."""
+    from moesaic.export import export_model
+
+    if to not in ("hf", "gguf"):
+        raise RecipeError(f"--to {to}: hf and gguf are the formats")
+    architecture = export_model(model, target, "hf" if to == "hf" else "gguf", dtype)
+    out.print(Text(f"{architecture}: {target}"), soft_wrap=True)
 
 
 @recipes_app.callback(invoke_without_command=True)

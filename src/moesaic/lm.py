@@ -13,24 +13,34 @@ from torch import Tensor
 
 from moesaic.config import validate
 from moesaic.data.tokenizers import StreamDecoder, Tokenizer
-from moesaic.errors import CheckpointError, RecipeError
+from moesaic.errors import CheckpointError, DataError, RecipeError
 from moesaic.generate import SampleOptions, stream
 from moesaic.machine import keep_freed_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.routing import Routing
 from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint, step_of
+from moesaic.weights.hf import is_hf, load_hf, stop_ids
 from moesaic.weights.manifest import is_valid
 
 
 @dataclass(frozen=True)
 class LM:
-    """A model with its tokenizer. ``path`` is the directory that was read."""
+    """A model with its tokenizer, where it came with one. ``path`` is the directory that was read,
+    ``stop_ids`` end a text besides the tokenizer's end-of-text."""
 
     config: ModelConfig
     model: LanguageModel
-    tokenizer: Tokenizer
+    known_tokenizer: Tokenizer | None
     path: Path
+    stop_ids: frozenset[int] = frozenset()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises DataError for a directory that has none; ids still work."""
+        if self.known_tokenizer is None:
+            raise DataError(f"{self.path}: has no tokenizer.json; put the model's own there, or give ids")
+        return self.known_tokenizer
 
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -80,7 +90,7 @@ class LM:
         decoder, held = StreamDecoder(self.tokenizer), ""
         for next_B in stream(self.model, ids_BT, max_new_tokens, options):
             token = int(next_B[0])
-            if token == self.tokenizer.eos_id:
+            if token == self.tokenizer.eos_id or token in self.stop_ids:
                 break
             held += decoder.push(token)
             found = [held.find(text) for text in stop if text and text in held]
@@ -97,12 +107,13 @@ class LM:
             yield rest
 
     def ids(self, text_or_ids: str | Sequence[int] | Tensor) -> Tensor:
-        """A prompt as ids, int64 [1, T]."""
+        """A prompt as ids, int64 [1, T]; a text begins as the tokenizer has texts begin (Llama's ``<s>``)."""
         if isinstance(text_or_ids, Tensor):
             ids_BT = text_or_ids.long() if text_or_ids.ndim == 2 else text_or_ids.long().reshape(1, -1)
         else:
-            ids = self.tokenizer.encode(text_or_ids).tolist() if isinstance(text_or_ids, str) else text_or_ids
-            ids_BT = torch.tensor([list(ids)], dtype=torch.int64)
+            if isinstance(text_or_ids, str):
+                text_or_ids = self.tokenizer.encode(text_or_ids, special=True).tolist()
+            ids_BT = torch.tensor([list(text_or_ids)], dtype=torch.int64)
         if ids_BT.shape[1] == 0:
             raise RecipeError("the prompt is empty; give at least one character")
         if ids_BT.shape[0] != 1:
@@ -117,10 +128,12 @@ class LM:
 
 
 def load(directory: str | Path, device: str = "cpu") -> LM:
-    """Open a run directory, one of its checkpoints, or its ``model`` folder; checksums verified.
+    """Open a run directory, one of its checkpoints, its ``model`` folder, an export, or any Hugging Face
+    directory of a family that moesaic knows (weights/families.py); checksums verified where there are any.
 
     Of a run directory, the finished ``model`` is taken unless a newer checkpoint exists. Raises
-    CheckpointError (exit 4) naming the damaged file, RecipeError for a path that holds no model.
+    CheckpointError (exit 4) naming the damaged file, RecipeError for a path that holds no model,
+    ResourceError for a model that memory cannot hold.
     """
     path = Path(directory).expanduser()
     if not path.is_dir():
@@ -128,6 +141,10 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise RecipeError(f"device = {device!r}: PyTorch sees none such here; use cpu, or cuda where it is")
     keep_freed_memory()
+    if is_hf(path):
+        config, model = load_hf(path, device, warnings.warn)
+        tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").exists() else None
+        return LM(config, model, tokenizer, path, stop_ids(path))
     path, contents = _find(path)
     try:
         described = contents.json["moesaic.json"]
@@ -159,7 +176,7 @@ def _find(path: Path) -> tuple[Path, Contents]:
     if (path / "manifest.json").exists():
         return path, read_checkpoint(path)
     if not (path / "recipe.toml").exists():
-        raise RecipeError(f"{path}: holds no moesaic run and no model")
+        raise RecipeError(f"{path}: holds no moesaic run, no model and no config.json")
     finished = path / "model"
     try:
         newest = newest_valid(path, warnings.warn)

@@ -105,6 +105,17 @@ def total_memory() -> int | None:
         return None
 
 
+def available_memory(device: str = "cpu") -> int | None:
+    """Bytes that can still be taken without swapping, or None where the system does not say."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes (0 where the system does not say)."""
     try:

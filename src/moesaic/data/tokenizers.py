@@ -52,11 +52,11 @@ class Tokenizer:
         library.no_truncation()
         library.no_padding()
         self.library = library
-        self._json: dict[str, Any] = json.loads(library.to_str())
-        self.kind: Kind = _kind(self._json)
+        self.spec: dict[str, Any] = json.loads(library.to_str())  # the content of tokenizer.json
+        self.kind: Kind = _kind(self.spec)
         vocabulary = library.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
-        special = [t["content"] for t in self._json["added_tokens"] if t["special"]]
+        special = [t["content"] for t in self.spec["added_tokens"] if t["special"]]
         names = [name for name in EOS_NAMES if name in special] or (special if len(special) == 1 else [])
         self.eos_id: int | None = vocabulary[names[0]] if names else None
 
@@ -152,24 +152,25 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON: equal exactly when two tokenizers are the same."""
-        canonical = json.dumps(self._json, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        canonical = json.dumps(self.spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """The ids of ``text``, int32 [T]; special tokens written in the text become their ids, none is added.
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.int32]:
+        """The ids of ``text``, int32 [T]; special tokens written in the text become their ids. None is added
+        but, if ``special``, those with which the tokenizer has every text begin or end.
 
         Raises DataError for a character outside a character vocabulary, naming it and its position.
         """
-        return self.encode_batch([text])[0]
+        return self.encode_batch([text], special=special)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[NDArray[np.int32]]:
         """``encode`` of each text; the library spreads these over its threads."""
         if self.kind == "char":
             return [self._encode_characters(text) for text in texts]
         try:
             if self.kind == "byte":
                 return [np.frombuffer(t.encode("utf-8"), np.uint8).astype(np.int32) for t in texts]
-            encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=special)
         except (UnicodeEncodeError, TypeError):
             raise DataError("the text holds a lone surrogate, which is no character") from None
         except Exception as error:  # the library raises nothing more precise
@@ -191,7 +192,7 @@ class Tokenizer:
 
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
-        vocabulary: dict[str, int] = self._json["model"]["vocab"]
+        vocabulary: dict[str, int] = self.spec["model"]["vocab"]
         codes = [ord(character) for character in vocabulary]
         table = np.full(max(codes) + 2, -1, np.int32)  # the last entry stands for every code above
         table[codes] = list(vocabulary.values())
@@ -237,7 +238,7 @@ class Tokenizer:
     @cached_property
     def _added(self) -> dict[int, bool]:
         """Id of every added token, and whether it is special."""
-        return {token["id"]: token["special"] for token in self._json["added_tokens"]}
+        return {token["id"]: token["special"] for token in self.spec["added_tokens"]}
 
 
 class StreamDecoder:
@@ -278,6 +279,11 @@ class StreamDecoder:
         rest = text[len(self._given) :]
         self._ids, self._given = [], ""
         return rest
+
+
+def characters_of_bytes(data: bytes) -> str:
+    """Bytes as byte-level BPE writes them, a character each."""
+    return "".join(_CHARACTER_OF_BYTE[byte] for byte in data)
 
 
 def _kind(spec: dict[str, Any]) -> Kind:

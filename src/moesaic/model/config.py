@@ -29,8 +29,9 @@ class ModelConfig(Options):
 
     ``pattern`` says which, repeated over the layers: ``M`` a mixture of experts, ``D`` dense.
     ``context`` is the longest sequence: the length of the table of learned positions, and the
-    window that generation slides. ``conv`` is the kernel size of the short causal convolutions before
-    attention and feed-forward network (conv.py); 0 leaves them out.
+    window that generation slides. ``norm_position``: norms stand before attention and feed-forward network,
+    or after them (OLMo 2, arXiv 2501.00656, section 3.2). ``conv`` is the kernel size of the short causal
+    convolutions before attention and feed-forward network (conv.py); 0 leaves them out.
     """
 
     layers: int = Field(4, ge=1, le=1024)
@@ -40,6 +41,7 @@ class ModelConfig(Options):
     pattern: str = Field("M", pattern="^[MD]+$")
     position: Literal["rope", "learned"] = "rope"
     norm: Literal["rms", "layer"] = "rms"
+    norm_position: Literal["pre", "post"] = "pre"
     norm_eps: float = Field(1e-5, gt=0)
     tied: bool = False
     head_bias: bool = False

@@ -32,15 +32,19 @@ class Output:
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm feed-forward network, each added to the residual stream;
-    before each, perhaps a short convolution."""
+    """Attention, then a feed-forward network, each added to the residual stream. What goes into each is
+    normalised, or what comes out (OLMo 2); before each, perhaps a short convolution."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
-        self.input_layernorm = _norm(config)
+        pre = config.norm_position == "pre"
+        self.input_layernorm = _norm(config) if pre else None
         self.self_attn = Attention(config.attention, config.width, config.norm_eps, config.dropout)
+        # By Hugging Face's names: after attention and before the feed-forward network, on the stream where
+        # norms are "pre", on what attention gave where they are "post".
         self.post_attention_layernorm = _norm(config)
+        self.post_feedforward_layernorm = None if pre else _norm(config)
         self.input_conv: ShortConv | None = None
         self.post_attention_conv: ShortConv | None = None
         if config.conv:
@@ -61,17 +65,26 @@ class Block(nn.Module):
         cache: KVCache | None,
     ) -> tuple[Tensor, Routing | None]:
         before = None if cache is None or cache.before_LPBJD is None else cache.before_LPBJD[self.layer]
-        h_BTD = self.input_layernorm(x_BTD)
+        h_BTD = x_BTD if self.input_layernorm is None else self.input_layernorm(x_BTD)
         if self.input_conv is not None:
             h_BTD = self.input_conv(h_BTD, real_BT, None if before is None else before[0])
-        x_BTD = x_BTD + self.self_attn(h_BTD, rope, allowed_BTS, cache, self.layer)
-        h_BTD = self.post_attention_layernorm(x_BTD)
+        h_BTD = self.self_attn(h_BTD, rope, allowed_BTS, cache, self.layer)
+        if self.post_feedforward_layernorm is None:
+            x_BTD = x_BTD + h_BTD
+            h_BTD = self.post_attention_layernorm(x_BTD)
+        else:
+            x_BTD = h_BTD = x_BTD + self.post_attention_layernorm(h_BTD).to(x_BTD.dtype)
         if self.post_attention_conv is not None:
             h_BTD = self.post_attention_conv(h_BTD, real_BT, None if before is None else before[1])
+        routing = None
         if isinstance(self.mlp, MoE):
             y_TD, routing = self.mlp(h_BTD.flatten(0, 1), None if real_BT is None else real_BT.flatten())
-            return x_BTD + y_TD.view_as(x_BTD).to(x_BTD.dtype), routing
-        return x_BTD + dropout(self.mlp(h_BTD), self.dropout, self.training), None
+            h_BTD = y_TD.view_as(x_BTD)
+        else:
+            h_BTD = dropout(self.mlp(h_BTD), self.dropout, self.training)
+        if self.post_feedforward_layernorm is not None:
+            h_BTD = self.post_feedforward_layernorm(h_BTD)
+        return x_BTD + h_BTD.to(x_BTD.dtype), routing
 
 
 class Decoder(nn.Module):

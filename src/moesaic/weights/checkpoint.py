@@ -223,7 +223,7 @@ def _tensor_part(name: str, tensors: dict[str, Tensor]) -> _Part:
     """A safetensors file as a stream: the library would need every byte in memory once more, hide the
     errno of a full disk, and leave the file to be read again for its hash."""
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # keeps all of them aligned
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers 4 refuses the file
     end = 0
     for key in order:
         tensor = tensors[key]
@@ -239,7 +239,7 @@ def _tensor_part(name: str, tensors: dict[str, Tensor]) -> _Part:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if "__metadata__" in header or len(text) > _HEADER_LIMIT:
+    if "__metadata__" in tensors or len(text) > _HEADER_LIMIT:
         raise ValueError(f"{name}: {len(header)} tensors do not fit into a safetensors header")
     head = len(text).to_bytes(8, "little") + text
 

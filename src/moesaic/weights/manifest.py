@@ -70,9 +70,30 @@ def listed(directory: Path) -> dict[str, Entry]:
 
     Raises CheckpointError naming the file that is missing, foreign or, the manifest, damaged.
     """
-    path = directory / MANIFEST
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is not a directory; give the directory of a checkpoint")
+    entries = _read_manifest(directory / MANIFEST)
+    try:
+        present = set(os.listdir(directory))
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read: {error.strerror}") from None
+    for name in sorted(entries.keys() - present):
+        raise CheckpointError(f"{directory / name}: is missing")
+    for name in sorted(present - entries.keys() - {MANIFEST}):
+        raise CheckpointError(
+            f"{directory / name}: is not listed in {MANIFEST}; move it out of the checkpoint"
+        )
+    return entries
+
+
+def recorded(directory: Path) -> dict[str, Entry]:
+    """What an export's manifest says of its files, to which others may have added theirs; nothing where
+    there is no manifest. Raises CheckpointError for a damaged one."""
+    path = directory / MANIFEST
+    return _read_manifest(path) if path.exists() else {}
+
+
+def _read_manifest(path: Path) -> dict[str, Entry]:
     data = read_checked(path, None, keep=True)
     try:
         table = json.loads(data)
@@ -86,18 +107,7 @@ def listed(directory: Path) -> dict[str, Entry]:
     if table.get("format") != FORMAT:
         written = table.get("format")
         raise CheckpointError(f"{path}: format {written!r} is not {FORMAT}; use the moesaic that wrote it")
-    entries = _parse_entries(path, table.get("files"))
-    try:
-        present = set(os.listdir(directory))
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be read: {error.strerror}") from None
-    for name in sorted(entries.keys() - present):
-        raise CheckpointError(f"{directory / name}: is missing")
-    for name in sorted(present - entries.keys() - {MANIFEST}):
-        raise CheckpointError(
-            f"{directory / name}: is not listed in {MANIFEST}; move it out of the checkpoint"
-        )
-    return entries
+    return _parse_entries(path, table.get("files"))
 
 
 def read_checked(path: Path, entry: Entry | None, keep: bool) -> bytes:

@@ -1,0 +1,215 @@
+"""Model directories as Hugging Face's transformers writes them: read, and written so that it reads them.
+
+Our parameters have transformers' names, so only three things differ on disk: experts lie there one by one, a
+family may call their module and matrices otherwise (Mixtral), and a tied head is left out.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.data.tokenizers import Tokenizer
+from moesaic.errors import CheckpointError, ResourceError
+from moesaic.files import human_size
+from moesaic.machine import available_memory
+from moesaic.model.config import ModelConfig
+from moesaic.model.transformer import LanguageModel
+from moesaic.weights.checkpoint import Contents, write_checkpoint
+from moesaic.weights.families import Family, read_config, write_config
+from moesaic.weights.manifest import recorded
+from moesaic.weights.shards import INDEX, SINGLE, Shards, Stored, read_json_file
+
+Say = Callable[[str], None]
+Place = tuple[int | slice, ...]
+
+SHARD_BYTES = 5 * 10**9  # what transformers cuts at
+_MOST_PARAMETERS = 2**43
+_NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # constants that old files carry
+
+
+def is_hf(directory: Path) -> bool:
+    """Whether this looks like such a directory: a config.json, and nothing of our own."""
+    return (directory / "config.json").exists() and not (directory / "moesaic.json").exists()
+
+
+def load_hf(directory: Path, device: str, say: Say) -> tuple[ModelConfig, LanguageModel]:
+    """Read a model, tensor by tensor, in the precision in which it is stored.
+
+    Names, shapes and memory are checked before anything is allocated. ``say`` gets a sentence on what the
+    reader should know. Raises CheckpointError naming the file, ResourceError where memory is too small.
+    """
+    entries = recorded(directory)
+    path = directory / "config.json"
+    table = read_json_file(path, entries.get("config.json"))
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: is not a table of settings")
+    family, config, notes = read_config(table, str(path))
+    for note in notes:
+        say(note)
+    total = config.parameters().total
+    if total > _MOST_PARAMETERS:
+        raise CheckpointError(f"{path}: describes {total:,} parameters, which no such file has")
+    shards = Shards(directory, ignore=_NOT_WEIGHTS)
+    on_disk = sum(_elements(stored) for stored in shards.tensors.values())
+    if on_disk < total:
+        raise CheckpointError(f"{path}: describes {total:,} parameters, its files hold {on_disk:,}")
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    sources = _sources(model, family, shards)
+    dtype = _widest([shards.tensors[name].dtype for parts in sources.values() for name, _ in parts])
+    _check_memory(directory, total * dtype.itemsize, dtype, device)
+    for name, parts in sources.items():
+        parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
+        for source, place in parts:
+            part = shards.read(source)
+            if not part.sum(dtype=torch.float32 if dtype.itemsize < 8 else dtype).isfinite():
+                raise CheckpointError(f"{shards.tensors[source].file}: {source} holds NaN or infinity")
+            parameter[place].copy_(part)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(parameter))
+    if config.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return config, model.eval()
+
+
+def stop_ids(directory: Path) -> frozenset[int]:
+    """The ids that end a text, by generation_config.json or config.json. Raises CheckpointError."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).exists():
+            table = read_json_file(directory / name)
+            ids = table.get("eos_token_id") if isinstance(table, dict) else None
+            found = [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
+            if found:
+                return frozenset(found)
+    return frozenset()
+
+
+def write_hf(
+    out: Path, config: ModelConfig, model: LanguageModel, files: dict[str, bytes], eos: list[int]
+) -> Family:
+    """Write a directory that ``AutoModelForCausalLM.from_pretrained`` opens, experts one by one, with a
+    manifest of checksums. ``files`` go beside it as they are (tokenizer, model card).
+
+    Raises RecipeError where no stock architecture can express the model, and as ``write_checkpoint``.
+    """
+    family, table = write_config(config)
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    ids: dict[str, Any] = {"eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+    table.update(dtype=dtype, torch_dtype=dtype, bos_token_id=None, pad_token_id=None, **ids)
+    contents = Contents(json={"config.json": table, "generation_config.json": ids}, files=dict(files))
+    shards = _cut(tensors_on_disk(model, family))
+    for number, tensors in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        contents.tensors[name] = tensors
+    if len(shards) > 1:
+        size = sum(t.numel() * t.element_size() for tensors in shards for t in tensors.values())
+        where = {key: name for name, tensors in contents.tensors.items() for key in tensors}
+        contents.json[INDEX] = {"metadata": {"total_size": size}, "weight_map": where}
+    write_checkpoint(out, contents)
+    return family
+
+
+def tensors_on_disk(model: LanguageModel, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the family's name; views of the parameters, which are not copied."""
+    for name, parameter in model.named_parameters():
+        for source, place in _parts(name, parameter.shape, family):
+            yield source, parameter.detach()[place]
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """tokenizer.json and the tokenizer_config.json with which ``AutoTokenizer`` opens it."""
+    eos = None if tokenizer.eos_id is None else tokenizer.library.id_to_token(tokenizer.eos_id)
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **({"eos_token": eos} if eos else {}),
+    }
+    return {
+        "tokenizer.json": tokenizer.library.to_str(pretty=True).encode(),
+        "tokenizer_config.json": (json.dumps(described, indent=1) + "\n").encode(),
+    }
+
+
+def _parts(name: str, shape: torch.Size, family: Family) -> Iterator[tuple[str, Place]]:
+    """The names under which a parameter lies on disk, and which part of it each is."""
+    gate, up, down = family.experts
+    module, _, leaf = name.rpartition(".")
+    if module.endswith(".mlp.experts"):
+        module = module.removesuffix("mlp.experts") + f"{family.mlp}.experts"
+        for expert in range(shape[0]):
+            if leaf == "gate_up_proj":
+                yield f"{module}.{expert}.{gate}.weight", (expert, slice(None, shape[1] // 2))
+                yield f"{module}.{expert}.{up}.weight", (expert, slice(shape[1] // 2, None))
+            else:
+                yield f"{module}.{expert}.{down}.weight", (expert,)
+    elif name.endswith(".mlp.gate.weight"):
+        yield name.removesuffix("mlp.gate.weight") + f"{family.mlp}.gate.weight", ()
+    else:
+        yield name, ()
+
+
+def _sources(model: LanguageModel, family: Family, shards: Shards) -> dict[str, list[tuple[str, Place]]]:
+    """For each parameter the tensors on disk that make it: experts one by one, or fused as transformers 5
+    holds them in memory. Every tensor is used, and every one has the shape that is wanted."""
+    sources: dict[str, list[tuple[str, Place]]] = {}
+    used = {"lm_head.weight"} if model.config.tied else set()
+    for name, parameter in model.named_parameters():
+        parts = list(_parts(name, parameter.shape, family))
+        fused = [name, name.replace(".mlp.", f".{family.mlp}.")]
+        whole = next((other for other in fused if other in shards.tensors), None)
+        if parts[0][0] not in shards.tensors and whole is not None:
+            parts = [(whole, ())]
+        for source, place in parts:
+            if source not in shards.tensors:
+                raise CheckpointError(f"{shards.directory}: has no tensor {source}, which config.json needs")
+            wanted, stored = tuple(parameter[place].shape), shards.tensors[source]
+            if stored.shape != wanted:
+                raise CheckpointError(
+                    f"{stored.file}: {source} is {list(stored.shape)}, and {list(wanted)} by config.json"
+                )
+            used.add(source)
+        sources[name] = parts
+    foreign = sorted(shards.tensors.keys() - used)
+    if foreign:
+        raise CheckpointError(
+            f"{shards.tensors[foreign[0]].file}: {foreign[0]} has no place in {family.architecture} as "
+            "config.json describes it"
+        )
+    return sources
+
+
+def _cut(tensors: Iterator[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors:
+        size += tensor.numel() * tensor.element_size()
+        if size > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = tensor.numel() * tensor.element_size()
+        shards[-1][name] = tensor
+    return shards
+
+
+def _check_memory(directory: Path, needed: int, dtype: torch.dtype, device: str) -> None:
+    free = available_memory(device)
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"{directory}: its weights need {human_size(needed)} of memory, {human_size(free)} are free; "
+            f"a model of {free // dtype.itemsize:,} parameters in {str(dtype).removeprefix('torch.')} would fit"
+        )
+
+
+def _widest(dtypes: list[torch.dtype]) -> torch.dtype:
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def _elements(stored: Stored) -> int:
+    return stored.bytes // stored.dtype.itemsize

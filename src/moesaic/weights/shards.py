@@ -1,0 +1,207 @@
+"""A directory of safetensors files as others write it: one file, or shards with an index.
+
+It comes from strangers, so nothing in it is believed: names of shards must be plain files inside the
+directory, every header is checked against the length of its file before a byte of a tensor is read, and JSON
+that says a key twice is refused. Tensors are read one at a time, from a memory map.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moesaic.errors import CheckpointError
+from moesaic.weights.manifest import Entry, read_checked, recorded
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library
+_JSON_LIMIT = 64 * 2**20
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is and what it is; ``dtype`` is one of floating point."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Shards:
+    """All tensors of a directory, their headers checked and no data read yet."""
+
+    def __init__(self, directory: Path, ignore: Iterable[str] = ()) -> None:
+        """``ignore``: endings of tensor names that are passed over. Raises CheckpointError."""
+        self.directory = directory
+        entries = recorded(directory)
+        self._ignore = tuple(ignore)
+        self.tensors: dict[str, Stored] = {}
+        if (directory / INDEX).is_file():
+            promised = self._read_index(entries)
+            for name in sorted(set(promised.values())):
+                self._add(name, entries)
+            for tensor, name in promised.items():
+                if not self._ignored(tensor) and self._file_of(tensor) != directory / name:
+                    raise CheckpointError(
+                        f"{directory / name}: has no tensor {tensor}, which {INDEX} says it has"
+                    )
+        elif (directory / SINGLE).exists():
+            self._add(SINGLE, entries)
+        else:
+            others = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")]
+            hint = f"; {others[0]} is not read: convert it to safetensors" if others else ""
+            raise CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}{hint}")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, a private map of its file. Raises CheckpointError."""
+        stored = self.tensors[name]
+        try:
+            with safe_open(stored.file, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{stored.file}: {name} cannot be read: {error}") from None
+        return tensor
+
+    def _ignored(self, tensor: str) -> bool:
+        return bool(self._ignore) and tensor.endswith(self._ignore)
+
+    def _file_of(self, tensor: str) -> Path | None:
+        return self.tensors[tensor].file if tensor in self.tensors else None
+
+    def _read_index(self, entries: dict[str, Entry]) -> dict[str, str]:
+        path = self.directory / INDEX
+        table = read_json_file(path, entries.get(INDEX))
+        promised = table.get("weight_map") if isinstance(table, dict) else None
+        if not isinstance(promised, dict) or not promised:
+            raise CheckpointError(f"{path}: has no weight_map, the table of tensors and their files")
+        for tensor, name in promised.items():
+            plain = (
+                isinstance(name, str)
+                and name == os.path.basename(name)
+                and "\\" not in name
+                and "\0" not in name
+            )
+            if not plain or not name.endswith(".safetensors") or name.startswith("."):
+                raise CheckpointError(
+                    f"{path}: {tensor} is in {name!r}, which is no plain name of a safetensors file"
+                )
+        return promised
+
+    def _add(self, name: str, entries: dict[str, Entry]) -> None:
+        path = self.directory / name
+        header = _read_header(path, self.directory)
+        entry = entries.get(name) or _cache_entry(path)
+        if entry is not None:
+            read_checked(path.resolve(), entry, keep=False)
+        for tensor, stored in header.items():
+            if tensor in self.tensors:
+                raise CheckpointError(f"{path}: {tensor} is also in {self.tensors[tensor].file.name}")
+            if not self._ignored(tensor):
+                self.tensors[tensor] = stored
+
+
+def read_json_file(path: Path, entry: Entry | None = None) -> Any:
+    """A JSON file of a stranger: no key twice, no NaN, of bounded size. Raises CheckpointError naming it."""
+    _regular(path, path.parent)
+    if path.stat().st_size > _JSON_LIMIT:
+        raise CheckpointError(f"{path}: is {path.stat().st_size} bytes long, which no such file is")
+    data = path.read_bytes() if entry is None else read_checked(path, entry, keep=True)
+    return _parse(data, path)
+
+
+def _read_header(path: Path, directory: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, each inside it, none over another, nothing between them."""
+    _regular(path, directory)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_HEADER_LIMIT, size - 8):
+            raise CheckpointError(f"{path}: truncated, or not a safetensors file")
+        table = _parse(file.read(length), path)
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: its header is not a table")
+    found, spans = {}, []
+    for name, line in table.items():
+        if name == "__metadata__":
+            continue
+        match line:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]} if all(
+                type(n) is int and 0 <= n < 2**40 for n in shape
+            ):
+                spans.append((start, end))
+            case _:
+                raise CheckpointError(f"{path}: the header's entry {name!r} is not one of a tensor")
+        if dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{path}: {name} is {dtype}: quantised and integer weights are not read; use the model in "
+                "float32, bfloat16 or float16"
+            )
+        if end - start != prod(shape) * _DTYPES[dtype]:
+            raise CheckpointError(f"{path}: {name} has {end - start} bytes where {dtype} {shape} has others")
+        found[name] = Stored(path, tuple(shape), _TORCH[dtype])
+    here = 0
+    for start, end in sorted(spans):
+        if start != here:
+            raise CheckpointError(f"{path}: its tensors overlap or leave a gap at byte {here} of the data")
+        here = end
+    if 8 + length + here != size:
+        state = "truncated" if 8 + length + here > size else "too long"
+        raise CheckpointError(f"{path}: {state} ({size} bytes instead of {8 + length + here})")
+    return found
+
+
+def _cache_entry(path: Path) -> Entry | None:
+    """Hugging Face's cache names a large file by its SHA-256; other files have none to compare with."""
+    blob = path.resolve()
+    if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return None
+    return Entry("tensors", blob.stat().st_size, blob.name)
+
+
+def _regular(path: Path, directory: Path) -> None:
+    """Refuse what is no regular file here. A Hugging Face cache links to its blobs beside ``snapshots``."""
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path}: {'is missing' if not path.exists() else error.strerror}") from None
+    home = directory.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: is not a regular file")
+    if home not in real.parents and blobs not in real.parents:
+        raise CheckpointError(f"{path}: is a link out of its directory; copy the file there")
+
+
+def _parse(data: bytes, path: Path) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: says {twice!r} twice")
+        return table
+
+    def refuse(constant: str) -> Any:
+        raise CheckpointError(f"{path}: holds {constant}, which is no JSON")
+
+    try:
+        return json.loads(data, object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: is not JSON, or damaged") from None
