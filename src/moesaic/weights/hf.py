@@ -198,9 +198,10 @@ def _cut(tensors: Iterator[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:
 def _check_memory(directory: Path, needed: int, dtype: torch.dtype, device: str) -> None:
     free = available_memory(device)
     if free is not None and needed > free:
+        name, most = str(dtype).removeprefix("torch."), free // dtype.itemsize
         raise ResourceError(
             f"{directory}: its weights need {human_size(needed)} of memory, {human_size(free)} are free; "
-            f"a model of {free // dtype.itemsize:,} parameters in {str(dtype).removeprefix('torch.')} would fit"
+            f"a model of {most:,} parameters in {name} would fit"
         )
 
 
