@@ -26,11 +26,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "offload": {*BASE, "model", "offload"},
     "weights": {*BASE, "model", "offload", "data.tokenizers", "weights"},
     "lm": {*BASE, "model", "data", "generate", "offload", "weights"},
+    "export": {*BASE, "model", "data", "lm", "weights"},
     "analysis": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis"},
     "train": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis", "train"},
     "serve": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis", "serve"},
-    "cli": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis", "train", "serve"},
-    "": {"analysis", "lm", "machine", "routing", "train"},  # the package itself hands names on
+    "cli": {*BASE, "model", "data", "generate", "weights", "lm", "export", "analysis", "train", "serve"},
+    "": {"analysis", "export", "lm", "machine", "routing", "train"},  # the package itself hands names on
 }
 
 

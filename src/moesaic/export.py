@@ -1,6 +1,7 @@
 """Hand a model over: from anything that ``moesaic.load`` opens to what other tools open."""
 
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,8 @@ import torch
 from moesaic.errors import RecipeError
 from moesaic.lm import LM, load
 from moesaic.weights.gguf import KINDS, write_gguf
-from moesaic.weights.hf import tokenizer_files, write_hf
+from moesaic.weights.hf import model_type, tokenizer_files, write_hf
+from moesaic.weights.shards import real_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,12 +56,14 @@ def export_model(
             parameter.data = parameter.data.to(DTYPES[dtype])
     files = {} if tokenizer is None else tokenizer_files(tokenizer)
     for file in _CARRIED:
-        if (lm.path / file).is_file() and (lm.path / file).stat().st_size < _MOST_BYTES:
-            files[file] = (lm.path / file).read_bytes()
+        if os.path.lexists(lm.path / file):
+            carried = real_file(lm.path / file)  # no link brings a file from elsewhere into an export
+            if carried.stat().st_size < _MOST_BYTES:
+                files[file] = carried.read_bytes()
     files["README.md"] = model_card(lm, Path(source)).encode()
     if out.is_dir():
         out.rmdir()
-    return write_hf(out, config, lm.model, files, eos).architecture
+    return write_hf(out, config, lm.model, files, eos, model_type(lm.path)).architecture
 
 
 def model_card(lm: LM, source: Path) -> str:

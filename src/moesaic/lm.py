@@ -3,6 +3,7 @@
 Shape legend: B batch, T positions, V vocabulary.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from moesaic.routing import Routing
 from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint, step_of
 from moesaic.weights.hf import is_hf, load_hf, stop_ids
 from moesaic.weights.manifest import is_valid
+from moesaic.weights.shards import real_file
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,9 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
     keep_freed_memory()
     if is_hf(path):
         config, model = load_hf(path, device, warnings.warn)
-        tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").exists() else None
-        return LM(config, model, tokenizer, path, stop_ids(path))
+        tokenizer = path / "tokenizer.json"
+        known = Tokenizer.load(real_file(tokenizer)) if os.path.lexists(tokenizer) else None
+        return LM(config, model, known, path, stop_ids(path))
     path, contents = _find(path)
     try:
         described = contents.json["moesaic.json"]

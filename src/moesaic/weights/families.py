@@ -272,8 +272,9 @@ def read_config(table: dict[str, Any], where: str) -> tuple[Family, ModelConfig,
         raise CheckpointError(_in_their_words(str(error), family)) from None
 
 
-def write_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    """The family that can express ``config``, and its config.json; loads in transformers 4 and 5.
+def write_config(config: ModelConfig, prefer: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """The family that can express ``config``, and its config.json; loads in transformers 4 and 5. Where
+    several can, ``prefer`` names the one to take.
 
     Raises RecipeError naming the settings that stand in the way of the family that comes nearest.
     """
@@ -285,7 +286,7 @@ def write_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
             "no stock architecture of transformers can express this model; nearest is "
             f"{nearest.architecture}, but {'; '.join(problems)}"
         )
-    family, flat = found[0], _flat(config)
+    family, flat = next((f for f in found if f.model_type == prefer), found[0]), _flat(config)
     table: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     table.update({key: flat[paths[0]] for key, paths in family.keys.items()})
     table["num_key_value_heads"] = config.attention.num_kv_heads
@@ -329,11 +330,13 @@ def obstacles(config: ModelConfig, family: Family) -> list[str]:
 
 def _value(table: dict[str, Any], key: str, family: Family, where: str) -> Any:
     alias = _ALIASES.get(key)
-    if alias in table and table.get(key, table[alias]) != table[alias]:
+    if alias in table and key in table and table[key] != table[alias]:
         raise CheckpointError(f"{where}: {key} = {table[key]!r} contradicts {alias} = {table[alias]!r}")
-    if key in table:
-        return table[key]
-    return table[alias] if alias in table else family.defaults.get(key)
+    if key == "num_key_value_heads" and key in table:
+        return table[key]  # where it is null, as many as there are heads
+    given = table.get(key)
+    given = table.get(alias) if given is None and alias is not None else given
+    return family.defaults.get(key) if given is None else given
 
 
 def _read_pattern(table: dict[str, Any], family: Family, where: str) -> str:
@@ -344,6 +347,7 @@ def _read_pattern(table: dict[str, Any], family: Family, where: str) -> str:
     layers, step = table["num_hidden_layers"], table.get("decoder_sparse_step", 1)
     dense = table.get("mlp_only_layers") or []
     sound = isinstance(step, int) and step >= 1 and isinstance(dense, list)
+    sound = sound and len(dense) <= 1024 and all(isinstance(layer, int) for layer in dense)
     if not sound or not isinstance(layers, int) or not 1 <= layers <= 1024:
         raise CheckpointError(
             f"{where}: decoder_sparse_step, mlp_only_layers or num_hidden_layers is not sound"

@@ -21,7 +21,7 @@ from moesaic.model.transformer import LanguageModel
 from moesaic.weights.checkpoint import Contents, write_checkpoint
 from moesaic.weights.families import Family, read_config, write_config
 from moesaic.weights.manifest import recorded
-from moesaic.weights.shards import INDEX, SINGLE, Shards, Stored, read_json_file
+from moesaic.weights.shards import INDEX, SINGLE, Shards, Stored, read_json_file, shown
 
 Say = Callable[[str], None]
 Place = tuple[int | slice, ...]
@@ -66,7 +66,7 @@ def load_hf(directory: Path, device: str, say: Say) -> tuple[ModelConfig, Langua
         parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
         for source, place in parts:
             part = shards.read(source)
-            if not part.sum(dtype=torch.float32 if dtype.itemsize < 8 else dtype).isfinite():
+            if not torch.stack(part.aminmax()).isfinite().all():
                 raise CheckpointError(f"{shards.tensors[source].file}: {source} holds NaN or infinity")
             parameter[place].copy_(part)
         module, _, leaf = name.rpartition(".")
@@ -88,15 +88,26 @@ def stop_ids(directory: Path) -> frozenset[int]:
     return frozenset()
 
 
+def model_type(directory: Path) -> str | None:
+    """The family of a directory that was written by others, None for one of ours."""
+    return str(read_json_file(directory / "config.json")["model_type"]) if is_hf(directory) else None
+
+
 def write_hf(
-    out: Path, config: ModelConfig, model: LanguageModel, files: dict[str, bytes], eos: list[int]
+    out: Path,
+    config: ModelConfig,
+    model: LanguageModel,
+    files: dict[str, bytes],
+    eos: list[int],
+    prefer: str | None = None,
 ) -> Family:
     """Write a directory that ``AutoModelForCausalLM.from_pretrained`` opens, experts one by one, with a
-    manifest of checksums. ``files`` go beside it as they are (tokenizer, model card).
+    manifest of checksums. ``files`` go beside it as they are (tokenizer, model card). Of several families
+    that could express the model it becomes one of ``prefer``.
 
     Raises RecipeError where no stock architecture can express the model, and as ``write_checkpoint``.
     """
-    family, table = write_config(config)
+    family, table = write_config(config, prefer)
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     ids: dict[str, Any] = {"eos_token_id": eos[0] if len(eos) == 1 else eos or None}
     table.update(dtype=dtype, torch_dtype=dtype, bos_token_id=None, pad_token_id=None, **ids)
@@ -159,12 +170,13 @@ def _sources(model: LanguageModel, family: Family, shards: Shards) -> dict[str, 
     sources: dict[str, list[tuple[str, Place]]] = {}
     used = {"lm_head.weight"} if model.config.tied else set()
     for name, parameter in model.named_parameters():
-        parts = list(_parts(name, parameter.shape, family))
+        parts = _parts(name, parameter.shape, family)
         fused = [name, name.replace(".mlp.", f".{family.mlp}.")]
         whole = next((other for other in fused if other in shards.tensors), None)
-        if parts[0][0] not in shards.tensors and whole is not None:
-            parts = [(whole, ())]
-        for source, place in parts:
+        if whole is not None:
+            parts = iter([(whole, ())])
+        sources[name] = []
+        for source, place in parts:  # the first that is missing ends it, however many config.json asks for
             if source not in shards.tensors:
                 raise CheckpointError(f"{shards.directory}: has no tensor {source}, which config.json needs")
             wanted, stored = tuple(parameter[place].shape), shards.tensors[source]
@@ -173,12 +185,12 @@ def _sources(model: LanguageModel, family: Family, shards: Shards) -> dict[str, 
                     f"{stored.file}: {source} is {list(stored.shape)}, and {list(wanted)} by config.json"
                 )
             used.add(source)
-        sources[name] = parts
+            sources[name].append((source, place))
     foreign = sorted(shards.tensors.keys() - used)
     if foreign:
         raise CheckpointError(
-            f"{shards.tensors[foreign[0]].file}: {foreign[0]} has no place in {family.architecture} as "
-            "config.json describes it"
+            f"{shards.tensors[foreign[0]].file}: {shown(foreign[0])} has no place in "
+            f"{family.architecture} as config.json describes it"
         )
     return sources
 

@@ -89,8 +89,13 @@ def listed(directory: Path) -> dict[str, Entry]:
 def recorded(directory: Path) -> dict[str, Entry]:
     """What an export's manifest says of its files, to which others may have added theirs; nothing where
     there is no manifest. Raises CheckpointError for a damaged one."""
-    path = directory / MANIFEST
-    return _read_manifest(path) if path.exists() else {}
+    path = (directory / MANIFEST).resolve()  # a Hugging Face cache links to its files
+    if not path.exists():
+        return {}
+    written = read_checked(path, None, keep=True)
+    if b'"digest"' not in written and b'"sha256"' not in written:
+        return {}  # another tool's file of that name
+    return _read_manifest(path)
 
 
 def _read_manifest(path: Path) -> dict[str, Entry]:

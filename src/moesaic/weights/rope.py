@@ -15,6 +15,8 @@ def read_rope(table: dict[str, Any], theta: float, where: str) -> dict[str, Any]
     given = table.get("rope_parameters") or table.get("rope_scaling") or {}
     if not isinstance(given, dict):
         raise CheckpointError(f"{where}: rope_parameters = {given!r} is not a table")
+    if any(isinstance(value, dict) for value in given.values()):
+        raise CheckpointError(f"{where}: rope_parameters differ by kind of layer, which is not supported")
     kind = given.get("rope_type", given.get("type", "default"))
     partial = given.get("partial_rotary_factor", table.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1):

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library
 _JSON_LIMIT = 64 * 2**20
+_MOST_DIMENSIONS, _MOST_DIGITS = 8, 20
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -51,31 +53,31 @@ class Shards:
         self.directory = directory
         entries = recorded(directory)
         self._ignore = tuple(ignore)
+        self._open: dict[Path, Any] = {}
         self.tensors: dict[str, Stored] = {}
-        if (directory / INDEX).is_file():
+        if os.path.lexists(directory / SINGLE):
+            self._add(SINGLE, entries)
+        elif os.path.lexists(directory / INDEX):
             promised = self._read_index(entries)
             for name in sorted(set(promised.values())):
                 self._add(name, entries)
             for tensor, name in promised.items():
                 if not self._ignored(tensor) and self._file_of(tensor) != directory / name:
                     raise CheckpointError(
-                        f"{directory / name}: has no tensor {tensor}, which {INDEX} says it has"
+                        f"{directory / name}: has no tensor {shown(tensor)}, which {INDEX} promises"
                     )
-        elif (directory / SINGLE).exists():
-            self._add(SINGLE, entries)
         else:
-            others = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")]
-            hint = f"; {others[0]} is not read: convert it to safetensors" if others else ""
-            raise CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}{hint}")
+            raise CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}{_hint(directory)}")
 
     def read(self, name: str) -> Tensor:
         """One tensor, a private map of its file. Raises CheckpointError."""
         stored = self.tensors[name]
         try:
-            with safe_open(stored.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+            if stored.file not in self._open:  # a file's header is parsed once, not for every tensor
+                self._open[stored.file] = safe_open(stored.file, framework="pt")
+            tensor: Tensor = self._open[stored.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{stored.file}: {name} cannot be read: {error}") from None
+            raise CheckpointError(f"{stored.file}: {shown(name)} cannot be read: {error}") from None
         return tensor
 
     def _ignored(self, tensor: str) -> bool:
@@ -105,35 +107,70 @@ class Shards:
 
     def _add(self, name: str, entries: dict[str, Entry]) -> None:
         path = self.directory / name
-        header = _read_header(path, self.directory)
-        entry = entries.get(name) or _cache_entry(path)
+        real = real_file(path)
+        header = _read_header(path, real)
+        entry = entries.get(name) or _cache_entry(real)
         if entry is not None:
-            read_checked(path.resolve(), entry, keep=False)
+            read_checked(real, entry, keep=False)
         for tensor, stored in header.items():
             if tensor in self.tensors:
-                raise CheckpointError(f"{path}: {tensor} is also in {self.tensors[tensor].file.name}")
+                raise CheckpointError(f"{path}: {shown(tensor)} is also in {self.tensors[tensor].file.name}")
             if not self._ignored(tensor):
                 self.tensors[tensor] = stored
 
 
 def read_json_file(path: Path, entry: Entry | None = None) -> Any:
     """A JSON file of a stranger: no key twice, no NaN, of bounded size. Raises CheckpointError naming it."""
-    _regular(path, path.parent)
-    if path.stat().st_size > _JSON_LIMIT:
-        raise CheckpointError(f"{path}: is {path.stat().st_size} bytes long, which no such file is")
-    data = path.read_bytes() if entry is None else read_checked(path, entry, keep=True)
-    return _parse(data, path)
+    real = real_file(path)
+    if (size := real.stat().st_size) > _JSON_LIMIT:
+        raise CheckpointError(f"{path}: is {size} bytes long, which no such file is")
+    return _parse(read_checked(real, entry, keep=True), path)
 
 
-def _read_header(path: Path, directory: Path) -> dict[str, Stored]:
+def real_file(path: Path) -> Path:
+    """The regular file that ``path`` is, in its own directory, or in the blobs of a Hugging Face cache, which
+    links to them from beside its ``snapshots``. Raises CheckpointError for anything else."""
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+        home = path.parent.resolve()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a name no file can have, a loop of links
+        reason = error.strerror if isinstance(error, OSError) else "is no file"
+        raise CheckpointError(f"{shown(str(path))}: {reason}") from None
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: is not a regular file")
+    if real.parent not in (home, blobs):
+        raise CheckpointError(f"{path}: is a link out of its directory; copy the file there")
+    return real
+
+
+def shown(name: str) -> str:
+    """A stranger's name as a message may hold it: no control character reaches a terminal."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _hint(directory: Path) -> str:
+    try:
+        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    except OSError as error:
+        return f" that can be seen: {error.strerror}"
+    return f"; {shown(others[0])} is not read: convert it to safetensors" if others else ""
+
+
+def _read_header(path: Path, real: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file, each inside it, none over another, nothing between them."""
-    _regular(path, directory)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_HEADER_LIMIT, size - 8):
-            raise CheckpointError(f"{path}: truncated, or not a safetensors file")
-        table = _parse(file.read(length), path)
+    size = real.stat().st_size
+    try:
+        with real.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_HEADER_LIMIT, size - 8):
+                raise CheckpointError(f"{path}: truncated, or not a safetensors file")
+            table = _parse(file.read(length), path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: its header is not a table")
     found, spans = {}, []
@@ -141,19 +178,23 @@ def _read_header(path: Path, directory: Path) -> dict[str, Stored]:
         if name == "__metadata__":
             continue
         match line:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]} if all(
-                type(n) is int and 0 <= n < 2**40 for n in shape
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]} if (
+                len(shape) <= _MOST_DIMENSIONS
+                and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+                and type(start) is type(end) is int
             ):
                 spans.append((start, end))
             case _:
                 raise CheckpointError(f"{path}: the header's entry {name!r} is not one of a tensor")
         if dtype not in _DTYPES:
             raise CheckpointError(
-                f"{path}: {name} is {dtype}: quantised and integer weights are not read; use the model in "
-                "float32, bfloat16 or float16"
+                f"{path}: {shown(name)} is {shown(dtype)}: quantised and integer weights are not read; use "
+                "the model in float32, bfloat16 or float16"
             )
         if end - start != prod(shape) * _DTYPES[dtype]:
-            raise CheckpointError(f"{path}: {name} has {end - start} bytes where {dtype} {shape} has others")
+            raise CheckpointError(
+                f"{path}: {shown(name)} has {end - start} bytes where {dtype} {shape} has others"
+            )
         found[name] = Stored(path, tuple(shape), _TORCH[dtype])
     here = 0
     for start, end in sorted(spans):
@@ -166,42 +207,30 @@ def _read_header(path: Path, directory: Path) -> dict[str, Stored]:
     return found
 
 
-def _cache_entry(path: Path) -> Entry | None:
+def _cache_entry(blob: Path) -> Entry | None:
     """Hugging Face's cache names a large file by its SHA-256; other files have none to compare with."""
-    blob = path.resolve()
     if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return None
     return Entry("tensors", blob.stat().st_size, blob.name)
-
-
-def _regular(path: Path, directory: Path) -> None:
-    """Refuse what is no regular file here. A Hugging Face cache links to its blobs beside ``snapshots``."""
-    try:
-        real = path.resolve(strict=True)
-        mode = real.stat().st_mode
-    except OSError as error:
-        raise CheckpointError(f"{path}: {'is missing' if not path.exists() else error.strerror}") from None
-    home = directory.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: is not a regular file")
-    if home not in real.parents and blobs not in real.parents:
-        raise CheckpointError(f"{path}: is a link out of its directory; copy the file there")
 
 
 def _parse(data: bytes, path: Path) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"{path}: says {twice!r} twice")
         return table
+
+    def whole(text: str) -> int:
+        if len(text) > _MOST_DIGITS:
+            raise CheckpointError(f"{path}: holds a number of {len(text)} digits")
+        return int(text)
 
     def refuse(constant: str) -> Any:
         raise CheckpointError(f"{path}: holds {constant}, which is no JSON")
 
     try:
-        return json.loads(data, object_pairs_hook=once, parse_constant=refuse)
+        return json.loads(data, object_pairs_hook=once, parse_int=whole, parse_constant=refuse)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: is not JSON, or damaged") from None
