@@ -5,12 +5,11 @@ import random
 import torch
 import torch.nn.functional as F
 from timing import header, median_seconds
-from torch import Tensor
 
 from moesaic.model.attention import _plain_attention
 from moesaic.model.conv import ShortConv
+from moesaic.model.dispatch import Dispatch, sort_by_expert
 from moesaic.model.experts import ExpertOptions, Experts
-from moesaic.model.moe import _Combine, _Dispatch, sort_by_expert
 from moesaic.model.norm import RMSNorm
 from moesaic.routing import Routing
 
@@ -21,7 +20,7 @@ def main() -> None:
     print(header())
     torch.manual_seed(0)
     print(f"\n{'choice':58} {'PyTorch ms':>11} {'moesaic ms':>11} {'×':>6}")
-    for name, theirs, ours in (norm(), attention(), conv(), scatter(), shapes(), equal()):
+    for name, theirs, ours in (norm(), attention(), conv(), scatter(), shapes(), equal(), onednn()):
         seconds = median_seconds({"theirs": theirs, "ours": ours}, repeats=11)
         a, b = 1000 * seconds["theirs"], 1000 * seconds["ours"]
         print(f"{name:58} {a:11.2f} {b:11.2f} {a / b:6.2f}")
@@ -66,25 +65,27 @@ def conv():
 
 
 def scatter():
-    """Dispatch and combine as gathers both ways against index and index_add."""
-    x = torch.randn(T, D, requires_grad=True)
+    """Rows back to tokens: one bag of embeddings against index_add."""
+    rows = torch.randn(T * K, D)
     logits = torch.randn(T, E)
     weight, expert = logits.softmax(-1).topk(K)
-    weight = weight.clone().requires_grad_()
     keep = torch.ones_like(expert, dtype=torch.bool)
-    order, place, _ = sort_by_expert(Routing(weight, expert, keep, logits, logits, keep))
-    token = order // K
+    dispatch = sort_by_expert(Routing(weight, expert, keep, logits, logits, keep))
 
     def theirs() -> None:
-        rows = x[token]
-        y = torch.zeros(T, D).index_add(0, token, rows * weight.flatten()[order][:, None])
-        y.sum().backward()
+        torch.zeros(T, D).index_add(0, dispatch.token_R, rows)
 
-    def ours() -> None:
-        rows: Tensor = _Dispatch.apply(x, token, place)
-        _Combine.apply(rows, weight, order, token, place).sum().backward()
+    return f"combine, fp32, {T} tokens, top-{K}", theirs, lambda: dispatch.combine(rows)
 
-    return f"dispatch and combine, fp32, {T} tokens, top-{K}", theirs, ours
+
+def sorted_rows(counts: list[int]) -> Dispatch:
+    order = torch.arange(sum(counts))
+    return Dispatch(order, order, order[:, None], counts)
+
+
+def run_bank(bank: Experts, counts: list[int], width: int) -> None:
+    x = torch.randn(sum(counts), width, requires_grad=True)
+    bank(x, torch.ones(len(x), 1), sorted_rows(counts)).sum().backward()
 
 
 def shapes():
@@ -99,9 +100,8 @@ def shapes():
     def run(multiple: int) -> None:
         counts = [-(-count // multiple) * multiple for count in drawn[turn[multiple]]]
         turn[multiple] += 1
-        x = torch.randn(sum(counts), D, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
-            bank(x, counts).sum().backward()
+            run_bank(bank, counts, D)
 
     return f"{E} experts, bf16, row counts as they come / in 64s", lambda: run(1), lambda: run(64)
 
@@ -112,14 +112,21 @@ def equal():
     torch.nn.init.normal_(bank.gate_up_proj, std=0.02)
     torch.nn.init.normal_(bank.down_proj, std=0.02)
 
-    def run(counts: list[int]) -> None:
-        bank(torch.randn(sum(counts), 128, requires_grad=True), counts).sum().backward()
-
     return (
         "64 experts, fp32, 64 rows each: a loop / one product",
-        lambda: run([63, 65] * 32),
-        lambda: run([64] * 64),
+        lambda: run_bank(bank, [63, 65] * 32, 128),
+        lambda: run_bank(bank, [64] * 64, 128),
     )
+
+
+def onednn():
+    """A large float32 product by MKL, which torch.mm calls, and by oneDNN."""
+    x, weight = torch.randn(256, 2048), torch.randn(2048, 2048)
+
+    def ours() -> None:
+        torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    return "256 rows by 2048 x 2048, fp32: MKL / oneDNN", lambda: torch.mm(x, weight.t()), ours
 
 
 if __name__ == "__main__":

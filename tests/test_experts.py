@@ -11,6 +11,7 @@ import torch
 from router_oracles import oracle_leaves, randomise
 from torch import Tensor
 
+from moesaic.model.dispatch import Dispatch
 from moesaic.model.experts import ExpertOptions, Experts, FeedForward, FFNKind, FFNOptions
 
 torch.set_num_threads(1)
@@ -39,6 +40,18 @@ def rows(number: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(number, D, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def sorted_rows(counts_E: list[int]) -> Dispatch:
+    """One choice per token, the tokens already in the order of their experts."""
+    order_R = torch.arange(sum(counts_E))
+    return Dispatch(order_R, order_R, order_R[:, None], counts_E)
+
+
+def through(made: Experts, x_RD: Tensor, counts_E: list[int]) -> Tensor:
+    """What the bank makes of rows sorted by expert, all of weight one."""
+    y_RD: Tensor = made(x_RD, x_RD.new_ones(len(x_RD), 1), sorted_rows(counts_E))
+    return y_RD
+
+
 def expert_of(p: dict[str, Tensor], kind: FFNKind, e: int) -> dict[str, Any]:
     """Expert ``e`` of a stacked bank as keywords of the oracle; the gate half comes first."""
     biases = {"down_bias": p["down_bias"][e]} if "down_bias" in p else {}
@@ -61,7 +74,7 @@ def oracle(p: dict[str, Tensor], kind: FFNKind, x_RD: Tensor, counts_E: list[int
 def compare(made: Experts, counts_E: list[int], tolerance: float) -> None:
     x = rows(sum(counts_E), made.down_proj.dtype).requires_grad_()
     exact, p = x.detach().double().requires_grad_(), oracle_leaves(made)
-    y, expected = made(x, counts_E), oracle(p, made.kind, exact, counts_E)
+    y, expected = through(made, x, counts_E), oracle(p, made.kind, exact, counts_E)
     close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
     torch.testing.assert_close(y, expected, **close)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -91,10 +104,13 @@ def test_bank_passes_gradcheck(kind: FFNKind, bias: bool) -> None:
     made, counts_E = bank(kind, bias), [2, 0, 1, 2]
     names = [name for name, _ in made.named_parameters()]
 
-    def run(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(made, dict(zip(names, parameters, strict=True)), (x, counts_E))
+    def run(x: Tensor, weight_TK: Tensor, *parameters: Tensor) -> Tensor:
+        weights = dict(zip(names, parameters, strict=True))
+        given = (x, weight_TK, sorted_rows(counts_E))
+        return torch.func.functional_call(made, weights, given)
 
-    inputs = (rows(5).requires_grad_(), *made.parameters())
+    weight_TK = torch.rand(5, 1, dtype=torch.float64).requires_grad_()
+    inputs = (rows(5).requires_grad_(), weight_TK, *made.parameters())
     assert torch.autograd.gradcheck(run, inputs)
 
 
@@ -111,7 +127,7 @@ def test_frozen_matrices_still_pass_the_gradient_on(kind: FFNKind, frozen: tuple
     grads = []
     for made in (free, held):
         x = rows(6).requires_grad_()
-        torch.autograd.backward(made(x, counts_E).square().sum())
+        torch.autograd.backward(through(made, x, counts_E).square().sum())
         grads.append(x.grad)
     assert torch.equal(grads[0], grads[1])
     for (name, a), b in zip(free.named_parameters(), held.parameters(), strict=True):
@@ -123,7 +139,7 @@ def test_frozen_matrices_still_pass_the_gradient_on(kind: FFNKind, frozen: tuple
 
 def test_rows_that_need_no_gradient_still_train_the_bank() -> None:
     made = bank("swiglu", True)
-    torch.autograd.backward(made(rows(6), [3, 0, 2, 1]).sum())
+    torch.autograd.backward(through(made, rows(6), [3, 0, 2, 1]).sum())
     assert made.gate_up_proj.grad is not None
     assert made.gate_up_proj.grad[1].abs().max() == 0
     assert made.gate_up_proj.grad[0].abs().max() > 0
@@ -131,9 +147,9 @@ def test_rows_that_need_no_gradient_still_train_the_bank() -> None:
 
 def test_gradients_accumulate_over_calls() -> None:
     made = bank("swiglu", True)
-    torch.autograd.backward(made(rows(6), [3, 0, 2, 1]).sum())
+    torch.autograd.backward(through(made, rows(6), [3, 0, 2, 1]).sum())
     once = [p.grad.clone() for p in made.parameters()]
-    torch.autograd.backward(made(rows(6), [3, 0, 2, 1]).sum())
+    torch.autograd.backward(through(made, rows(6), [3, 0, 2, 1]).sum())
     for parameter, first in zip(made.parameters(), once, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * first)
 
@@ -145,9 +161,9 @@ def test_autocast_works_in_bf16_and_leaves_float32_gradients(kind: FFNKind, bias
     half, full = bank(kind, bias, torch.float32), bank(kind, bias, torch.float32)
     x = rows(9, torch.float32).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = half(x, counts_E)
+        y = through(half, x, counts_E)
     assert y.dtype == torch.bfloat16
-    expected = full(rows(9, torch.float32), counts_E)
+    expected = through(full, rows(9, torch.float32), counts_E)
     assert (y.float() - expected).norm() < 1e-2 * expected.norm()
     torch.autograd.backward([y.float().sum(), expected.sum()])
     assert x.grad is not None
@@ -183,7 +199,7 @@ def test_fillers_never_take_the_place_of_rows_nor_cost_much(
 
 def test_bf16_bank_without_autocast_takes_float32_rows() -> None:
     made = bank("relu", True, torch.bfloat16)
-    assert made(rows(6, torch.float32), [3, 0, 2, 1]).dtype == torch.bfloat16
+    assert through(made, rows(6, torch.float32), [3, 0, 2, 1]).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bias", [False, True])

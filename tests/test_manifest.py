@@ -113,8 +113,8 @@ def nest(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (truncate, r"model\.safetensors: truncated \(50 bytes instead of 120\)"),
-        (lengthen, r"model\.safetensors: too long \(121 bytes instead of 120\)"),
+        (truncate, r"model\.safetensors: truncated \(50 bytes instead of 144\)"),
+        (lengthen, r"model\.safetensors: too long \(145 bytes instead of 144\)"),
         (empty, r"manifest\.json: is not the JSON"),
         (swap, r"model\.safetensors: content does not match its checksum"),
         (remove, r"state\.json: is missing"),

@@ -13,8 +13,9 @@ from test_experts import expert_of
 from torch import Tensor
 
 from moesaic.analysis.routing import dropped_share
+from moesaic.model.dispatch import Fill, sort_by_expert
 from moesaic.model.experts import ExpertOptions
-from moesaic.model.moe import Fill, MoE, sort_by_expert
+from moesaic.model.moe import MoE
 from moesaic.model.routers import ROUTERS, TokenChoiceOptions
 
 torch.set_num_threads(1)
@@ -147,7 +148,8 @@ def test_a_layer_that_drops_everything_still_has_gradients() -> None:
 def test_rows_are_sorted_by_expert_and_keep_arrival_order() -> None:
     made = layer(router_options("top_k", 3, capacity_factor=0.7)).train()
     _, routing = made(tokens())
-    order_R, place_TK, counts_E = sort_by_expert(routing)
+    dispatch = sort_by_expert(routing)
+    order_R, place_TK, counts_E = dispatch.order_R, dispatch.place_TK, dispatch.counts_E
     assert counts_E == routing.counts_E().tolist()
     assert len(order_R) == int(routing.keep_TK.sum())
     expert_R = routing.expert_TK.flatten()[order_R].tolist()

@@ -103,6 +103,12 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Repeat the same draw.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="stored, packed (for a CPU; bfloat16 models are by default) or int8 (half the reading)."
+        ),
+    ] = None,
 ) -> None:
     """Continue a text, streaming."""
     from moesaic.lm import load
@@ -110,6 +116,7 @@ def generate(
     text = _prompt(prompt)
     lm = load(model, device)
     lm.ids(text)  # refused before anything is echoed
+    lm.lay_out(weights)
     _write(text)
     for piece in lm.stream(text, max_new_tokens, temperature, seed, top_k, top_p, stop or ()):
         _write(piece)

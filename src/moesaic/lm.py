@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from moesaic.config import validate
 from moesaic.data.tokenizers import StreamDecoder, Tokenizer
 from moesaic.errors import CheckpointError, DataError, RecipeError
 from moesaic.generate import SampleOptions, stream
-from moesaic.machine import keep_freed_memory
+from moesaic.machine import keep_freed_memory, multiplies_bf16
 from moesaic.model.config import ModelConfig
+from moesaic.model.packed import Layout, pack
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.routing import Routing
 from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint, step_of
@@ -56,6 +58,18 @@ class LM:
         """One Routing per sparse layer, for the B·T tokens in row order."""
         output: Output = self.model(self._to_device(ids_BT), self._real(attention_mask), logits=False)
         return output.routings
+
+    def lay_out(self, weights: str | None = None) -> None:
+        """Lay the weights out for decoding (model/packed.py): ``packed``, ``int8``, or leave them ``stored``.
+        None packs a bfloat16 model on a CPU that multiplies bfloat16. Raises RecipeError."""
+        if weights is None:
+            weight = self.model.lm_head.weight
+            on_cpu = weight.device.type == "cpu" and multiplies_bf16("cpu")
+            weights = "packed" if on_cpu and weight.dtype == torch.bfloat16 else "stored"
+        if weights in get_args(Layout):
+            pack(self.model, cast(Layout, weights))
+        elif weights != "stored":
+            raise RecipeError(f"--weights {weights}: stored, packed and int8 are the layouts")
 
     def generate(
         self,

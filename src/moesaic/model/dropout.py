@@ -4,6 +4,9 @@ PyTorch's CPU dropout draws a 64-bit number per element, one element after the o
 step. Sixteen bits decide as well (the probability is met to 1/65,536) and come four to a draw.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +19,15 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    return x * kept(x.shape, p).to(x.dtype).mul_(1 / (1 - p))
+
+
+def kept(shape: Sequence[int], p: float, device: str = "cpu") -> Tensor:
+    """Which elements a dropout of probability ``p`` leaves, bool of ``shape``, from the global generator."""
+    if device != "cpu":
+        return torch.rand(shape, device=device) >= p
+    size = math.prod(shape)
+    draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = draws.view(torch.int16)[:size].view(shape)
     # Bits are uniform in [−32768, 32767]; those at or above the threshold keep their element.
-    keep = bits >= round(p * 65_536) - 32_768
-    return x * keep.to(x.dtype).mul_(1 / (1 - p))
+    return bits >= round(p * 65_536) - 32_768

@@ -1,14 +1,12 @@
 """Feed-forward networks: one dense FFN, and a bank of experts behind one narrow contract.
 
-A bank turns rows sorted by expert, and the number of rows of each expert, into rows. It knows
-nothing of tokens, weights or routers.
+A bank turns tokens, the weights of their choices and the choices sorted by expert into each token's weighted
+sum. It knows nothing of routers; the products themselves are in grouped.py.
 
-Shape legend: R rows (token-expert pairs), E experts, D width, H hidden, G hidden of the first
-matrix (2H for SwiGLU, whose gate comes first, else H), C rows of each expert where all have as many,
-I and O what goes into and comes out of a product.
+Shape legend: T tokens, K choices per token, R rows (token-expert pairs), E experts, D width, H hidden,
+G hidden of the first matrix (2H for SwiGLU, whose gate comes first, else H).
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +15,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moesaic.config import Options
+from moesaic.model.dispatch import Dispatch
+from moesaic.model.dropout import kept
+from moesaic.model.grouped import fill, groups
 
 FFNKind = Literal["swiglu", "relu", "gelu", "relu2"]
 
@@ -127,40 +128,32 @@ class Experts(nn.Module):
         return self.gate_up_proj if self.kind == "swiglu" else self.up_proj
 
     def fill(self, counts_E: list[int], device: torch.device) -> list[int]:
-        """How many rows the caller should lay out for each expert, ``counts_E`` of them real.
-
-        Equal counts make the experts one batched product: its threads take whole experts each, and there
-        is one call where there were E. oneDNN compiles a bf16 product anew for every new shape, 3.5 ms
-        against 0.4 ms to run it (500–1,500 rows, 192 × 384): multiples of 64 leave it few shapes.
-        """
-        rows, most, experts = sum(counts_E), max(counts_E), len(counts_E)
-        if device.type != "cpu" or not rows:
+        """How many rows the caller should lay out for each expert, ``counts_E`` of them real."""
+        if device.type != "cpu":
             return counts_E
-        if experts * most <= 1.3 * rows and rows >= 32 * experts:
-            bf16 = self._compute_dtype(device.type) == torch.bfloat16
-            unit = 64 if bf16 and most > 64 else 4
-            return [-(-most // unit) * unit] * experts
-        if self._compute_dtype(device.type) == torch.bfloat16 and rows >= 64 * experts:
-            return [-(-count // 64) * 64 for count in counts_E]
-        return counts_E
+        return fill(counts_E, self.down_proj[0].numel(), self._compute_dtype("cpu"))
 
-    def forward(self, rows_RD: Tensor, counts_E: list[int]) -> Tensor:
-        """Run expert 0 on the first ``counts_E[0]`` rows, expert 1 on the next, and so on.
+    def forward(self, x_TD: Tensor, weight_TK: Tensor, dispatch: Dispatch, dropout: float = 0.0) -> Tensor:
+        """y[t] = sum over k of weight[t, k] · E(x[t]), [T, D], E being the expert of choice (t, k).
 
-        Under autocast the work is done in its dtype; gradients reach parameters in their own.
+        ``dropout`` acts on what experts return. Under autocast the work is done in its dtype; gradients
+        reach parameters in their own.
         """
         first, down, up_bias, down_bias = self.first_matrix, self.down_proj, self.up_bias, self.down_bias
-        device = rows_RD.device.type
+        device = x_TD.device.type
         dtype = self._compute_dtype(device)
+        mask_RD = kept((len(dispatch.order_R), x_TD.shape[1]), dropout, device) if dropout else None
         with torch.autocast(device, enabled=False):
             out: Tensor = _ExpertFFN.apply(  # type: ignore[no-untyped-call]
-                rows_RD.to(dtype),
+                x_TD.to(dtype),
+                weight_TK,
                 first.to(dtype),
                 None if up_bias is None else up_bias.to(dtype),
                 down.to(dtype),
                 None if down_bias is None else down_bias.to(dtype),
-                counts_E,
+                dispatch,
                 self.kind,
+                None if mask_RD is None else mask_RD.to(dtype).mul_(1 / (1 - dropout)),
             )
         return out
 
@@ -169,115 +162,85 @@ class Experts(nn.Module):
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """All experts' FFNs as one autograd node.
+    """All experts' FFNs as one autograd node, from tokens to tokens.
 
     Indexing a stacked parameter, ``W[e]``, would allocate one full-size zero gradient per expert
-    in backward. Here each expert's gradient is written into its slice, once. Only the input rows
-    and the pre-activation are kept (what the ReLU left of it); the activation is computed again.
+    in backward. Here each expert's gradient is written into its slice, once. Kept are the tokens and the
+    pre-activation (what the ReLU left of it); rows are gathered and activated again, a group of experts at a
+    time. With da = dy W before the weight w of a row is applied, the gradient of w is <da, a>, so what
+    experts returned need not be kept either (SonicMoE, arXiv 2512.14080, section 3).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x_RD: Tensor,
+        x_TD: Tensor,
+        weight_TK: Tensor,
         first_EGD: Tensor,
         up_bias_EG: Tensor | None,
         down_EDH: Tensor,
         down_bias_ED: Tensor | None,
-        counts_E: list[int],
+        dispatch: Dispatch,
         kind: FFNKind,
+        mask_RD: Tensor | None,
     ) -> Tensor:
-        z_RG = _products(x_RD, first_EGD.mT, up_bias_EG, counts_E)
-        if kind in ("relu", "relu2"):
-            z_RG.relu_()  # all that forward and backward need of it, and no second buffer
-        a_RH = z_RG if kind == "relu" else activate(z_RG, kind)
-        y_RD = _products(a_RH, down_EDH.mT, down_bias_ED, counts_E)
-        ctx.save_for_backward(x_RD, z_RG, first_EGD, down_EDH)
-        ctx.counts_E, ctx.kind = counts_E, kind
-        return y_RD
+        R = len(dispatch.order_R)
+        z_RG, y_RD = x_TD.new_empty(R, first_EGD.shape[1]), x_TD.new_empty(R, x_TD.shape[1])
+        weight_R1 = dispatch.weight_R(weight_TK).to(x_TD.dtype)[:, None]
+        for group in groups(dispatch.counts_E, x_TD.shape[1] + 2 * z_RG.shape[1], x_TD):
+            rows = group.rows
+            x = x_TD.index_select(0, dispatch.token_R[rows])
+            z = group.products(x, first_EGD.mT, up_bias_EG, z_RG[rows])
+            if kind in ("relu", "relu2"):
+                z.relu_()  # all that forward and backward need of it, and no second buffer
+            a = z if kind == "relu" else activate(z, kind)
+            group.products(a, down_EDH.mT, down_bias_ED, y_RD[rows]).mul_(weight_R1[rows])
+        if mask_RD is not None:
+            y_RD *= mask_RD
+        ctx.save_for_backward(x_TD, weight_TK, z_RG, first_EGD, down_EDH, down_bias_ED, mask_RD)
+        ctx.dispatch, ctx.kind = dispatch, kind
+        return dispatch.combine(y_RD)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, z_RG, first_EGD, down_EDH = ctx.saved_tensors
-        need_x, need_first, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[:5]
-        counts_E, dy_RD = ctx.counts_E, dy_RD.contiguous()
-        a_RH = z_RG if ctx.kind == "relu" else activate(z_RG, ctx.kind)
-        d_down = _outer_products(dy_RD, a_RH, down_EDH, counts_E) if need_down else None
-        dz_RG = activate_backward(_products(dy_RD, down_EDH, None, counts_E), z_RG, ctx.kind)
-        d_first = _outer_products(dz_RG, x_RD, first_EGD, counts_E) if need_first else None
-        dx_RD = _products(dz_RG, first_EGD, None, counts_E) if need_x else None
-        d_up_bias = _sum_rows(dz_RG, counts_E) if need_up_bias else None
-        d_down_bias = _sum_rows(dy_RD, counts_E) if need_down_bias else None
-        return dx_RD, d_first, d_up_bias, d_down, d_down_bias, None, None
-
-
-# Views are made by split and unbind, all in one call: an index costs 2 µs, and a step of makeMoE's model
-# had 1,600 of them.
-
-
-def _rows(x_R: Tensor, counts_E: list[int]) -> tuple[Tensor, ...]:
-    """The rows of each expert that has any."""
-    return x_R.split([count for count in counts_E if count]) if len(x_R) else ()
-
-
-def _used(stack_E: Tensor, counts_E: list[int]) -> Sequence[Tensor]:
-    """The slice of each expert that has any rows; the others are not touched."""
-    return stack_E.unbind() if all(counts_E) else [stack_E[e] for e, count in enumerate(counts_E) if count]
-
-
-def _slab(x_RI: Tensor, counts_E: list[int]) -> Tensor | None:
-    """The rows as [E, C, I] where every expert has C of them, else None."""
-    equal = len(x_RI) and min(counts_E) == max(counts_E)
-    return x_RI.view(len(counts_E), -1, x_RI.shape[1]) if equal else None
-
-
-def _products(x_RI: Tensor, stack_EIO: Tensor, bias_EO: Tensor | None, counts_E: list[int]) -> Tensor:
-    """Each row times the matrix of its expert, plus that expert's bias; [R, O]."""
-    y_RO = x_RI.new_empty(len(x_RI), stack_EIO.shape[2])
-    x_ECI, y_ECO = _slab(x_RI, counts_E), _slab(y_RO, counts_E)
-    if x_ECI is not None and bias_EO is None:
-        torch.bmm(x_ECI, stack_EIO, out=y_ECO)
-    elif x_ECI is not None and bias_EO is not None:
-        torch.baddbmm(bias_EO[:, None], x_ECI, stack_EIO, out=y_ECO)
-    elif bias_EO is None:
-        for y, x, matrix in zip(
-            _rows(y_RO, counts_E), _rows(x_RI, counts_E), _used(stack_EIO, counts_E), strict=True
-        ):
-            torch.mm(x, matrix, out=y)
-    else:
-        parts = (
-            _rows(y_RO, counts_E),
-            _rows(x_RI, counts_E),
-            _used(stack_EIO, counts_E),
-            _used(bias_EO, counts_E),
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_TK, z_RG, first_EGD, down_EDH, down_bias_ED, mask_RD = ctx.saved_tensors
+        need_x, need_weight, need_first, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[:6]
+        dispatch, kind = ctx.dispatch, ctx.kind
+        weight_R1 = dispatch.weight_R(weight_TK).to(x_TD.dtype)[:, None]
+        d_weight_R = torch.empty(len(z_RG), dtype=torch.float32, device=x_TD.device)
+        dx_RD = (
+            torch.empty(len(z_RG), x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device) if need_x else None
         )
-        for y, x, matrix, bias in zip(*parts, strict=True):
-            torch.addmm(bias, x, matrix, out=y)
-    return y_RO
-
-
-def _outer_products(dy_RO: Tensor, x_RI: Tensor, like_EOI: Tensor, counts_E: list[int]) -> Tensor:
-    """The gradient of a stack: each expert's sum over its rows of dy ⊗ x; zero where it has none."""
-    grad_EOI = torch.empty_like(like_EOI)
-    dy_ECO, x_ECI = _slab(dy_RO, counts_E), _slab(x_RI, counts_E)
-    if dy_ECO is not None and x_ECI is not None:
-        return torch.bmm(dy_ECO.mT, x_ECI, out=grad_EOI)
-    for expert, count in enumerate(counts_E):
-        if not count:
-            grad_EOI[expert].zero_()
-    for grad, dy, x in zip(
-        _used(grad_EOI, counts_E), _rows(dy_RO, counts_E), _rows(x_RI, counts_E), strict=True
-    ):
-        torch.mm(dy.t(), x, out=grad)
-    return grad_EOI
-
-
-def _sum_rows(grad_RO: Tensor, counts_E: list[int]) -> Tensor:
-    grad_ECO = _slab(grad_RO, counts_E)
-    if grad_ECO is not None:
-        return grad_ECO.sum(1)
-    sums_EO = grad_RO.new_zeros(len(counts_E), grad_RO.shape[1])
-    for total, grad in zip(_used(sums_EO, counts_E), _rows(grad_RO, counts_E), strict=True):
-        torch.sum(grad, dim=0, out=total)
-    return sums_EO
+        d_first = torch.empty_like(first_EGD) if need_first else None
+        d_down = torch.empty_like(down_EDH) if need_down else None
+        d_up_bias = first_EGD.new_zeros(first_EGD.shape[:2]) if need_up_bias else None
+        d_down_bias = down_EDH.new_zeros(down_EDH.shape[:2]) if need_down_bias else None
+        for group in groups(dispatch.counts_E, 3 * x_TD.shape[1] + 3 * z_RG.shape[1], x_TD):
+            rows = group.rows
+            z, weight_1 = z_RG[rows], weight_R1[rows]
+            dy = dy_TD.index_select(0, dispatch.token_R[rows])
+            if mask_RD is not None:
+                dy *= mask_RD[rows]
+            a = z if kind == "relu" else activate(z, kind)
+            da = group.products(dy, down_EDH)
+            if need_weight:
+                d_weight_R[rows] = (da * a).sum(-1, dtype=torch.float32)
+                if down_bias_ED is not None:
+                    d_weight_R[rows] += (dy * group.spread(down_bias_ED)).sum(-1, dtype=torch.float32)
+            dy *= weight_1
+            if d_down is not None:
+                group.outer_products(dy, a, d_down)
+            if d_down_bias is not None:
+                group.sums(dy, d_down_bias)
+            dz = activate_backward(da, z, kind)  # the weight still to come
+            if d_up_bias is not None:
+                group.outer_products(dz, weight_1, d_up_bias[..., None])
+            if d_first is not None:
+                x = x_TD.index_select(0, dispatch.token_R[rows])
+                group.outer_products(dz, x.mul_(weight_1), d_first)
+            if dx_RD is not None:
+                group.products(dz, first_EGD, None, dx_RD[rows]).mul_(weight_1)
+        dx_TD = None if dx_RD is None else dispatch.combine(dx_RD)
+        d_weight_TK = dispatch.weight_gradient(d_weight_R).to(weight_TK.dtype) if need_weight else None
+        return dx_TD, d_weight_TK, d_first, d_up_bias, d_down, d_down_bias, None, None, None
