@@ -10,6 +10,7 @@ product.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +50,14 @@ def groups(counts_E: list[int], columns: int, like: Tensor) -> Iterator["Group"]
     """Neighbouring experts whose rows, ``columns`` numbers each of the dtype of ``like``, fit the cache
     together; each expert belongs to one group, one without rows too."""
     limit = _GROUP_BYTES // (columns * like.element_size())
-    whole = like.device.type == "cuda" or sum(counts_E) <= limit
+    total = sum(counts_E)
+    if like.device.type == "cuda" or total <= limit:
+        yield Group(slice(0, len(counts_E)), slice(0, total), counts_E, like.device)
+        return
     start = row = 0
     while start < len(counts_E):
         end, rows = start + 1, counts_E[start]
-        while end < len(counts_E) and (whole or rows + counts_E[end] <= limit):
+        while end < len(counts_E) and rows + counts_E[end] <= limit:
             rows += counts_E[end]
             end += 1
         yield Group(slice(start, end), slice(row, row + rows), counts_E[start:end], like.device)
@@ -130,7 +134,17 @@ class Group:
         counts = torch.tensor(self.counts, device=self.device)
         return bias_EO[self.experts].repeat_interleave(counts, dim=0, output_size=sum(self.counts))
 
-    @property
+    # A bank may have thousands of experts of which a token uses eight: they are looked through once.
+
+    @cached_property
+    def _hit(self) -> list[int]:
+        return [e for e, count in enumerate(self.counts) if count]
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [self.counts[e] for e in self._hit]
+
+    @cached_property
     def _equal(self) -> bool:
         return len(self.counts) > 1 and min(self.counts) == max(self.counts) > 0
 
@@ -142,11 +156,11 @@ class Group:
 
     def _parts(self, x_rI: Tensor) -> Sequence[Tensor]:
         """The rows of each expert that has any."""
-        return x_rI.split([count for count in self.counts if count]) if len(x_rI) else ()
+        return x_rI.split(self._sizes) if self._sizes else ()
 
     def _used(self, stack: Tensor) -> Sequence[Tensor]:
         """The slice of each expert that has any rows; the others are not touched."""
-        return stack.unbind() if all(self.counts) else [stack[e] for e, n in enumerate(self.counts) if n]
+        return stack.unbind() if len(self._hit) == len(self.counts) else [stack[e] for e in self._hit]
 
     def _grouped(self, rows: Tensor, stack: Tensor) -> bool:
         """Whether ``grouped_mm`` has a kernel for this: bf16 on compute capability 9 or above, every stride a
