@@ -31,6 +31,9 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/makemoe_step.py
 	$(BIN)/python benchmarks/makemoe_decode.py
 	$(BIN)/python benchmarks/cpu_choices.py
+	$(BIN)/python benchmarks/olmoe_layer.py
+	$(BIN)/python benchmarks/olmoe_decode.py
+	$(BIN)/python benchmarks/expert_count.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

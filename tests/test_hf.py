@@ -16,6 +16,7 @@ import moesaic  # noqa: E402
 from moesaic.errors import CheckpointError  # noqa: E402
 from moesaic.generate import SampleOptions, stream  # noqa: E402
 from moesaic.lm import LM  # noqa: E402
+from moesaic.train.recipe import load_recipe  # noqa: E402
 from moesaic.weights import families  # noqa: E402
 from moesaic.weights.hf import tensors_on_disk  # noqa: E402
 
@@ -288,3 +289,18 @@ def test_without_a_tokenizer_ids_work_and_text_says_why_not(tmp_path: Path) -> N
     with pytest.raises(moesaic.lm.DataError, match=r"no tokenizer\.json"):
         lm.generate("text")
     shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "architecture"),
+    [
+        ("olmoe-tiny", "OlmoeForCausalLM"),
+        ("mixtral-tiny", "MixtralForCausalLM"),
+        ("qwen3-moe-tiny", "Qwen3MoeForCausalLM"),
+    ],
+)
+def test_the_tiny_recipes_leave_as_the_shapes_they_are_named_after(recipe: str, architecture: str) -> None:
+    config = load_recipe(recipe).model.model_copy(update={"vocab_size": 300})
+    family, table = families.write_config(config)
+    assert family.architecture == architecture
+    assert families.read_config(table, "config.json")[1].parameters() == config.parameters()
