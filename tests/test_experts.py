@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moesaic.model.dispatch import Dispatch
 from moesaic.model.experts import ExpertOptions, Experts, FeedForward, FFNKind, FFNOptions
+from moesaic.model.grouped import Group
 
 torch.set_num_threads(1)
 
@@ -228,3 +229,47 @@ def test_parameter_count_of_options_equals_the_modules(kind: FFNKind, bias: bool
     options = ExpertOptions(kind=kind, hidden=H, bias=bias, count=4)
     assert options.parameters(D) == sum(p.numel() for p in FeedForward(options, D).parameters())
     assert 4 * options.parameters(D) == sum(p.numel() for p in Experts(options, D).parameters())
+
+
+@pytest.mark.parametrize("counts_E", [[3, 1, 4, 2], [0, 5, 0, 2], [6, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_by_grouped_mm_are_those_of_the_loop(
+    counts_E: list[int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of CUDA, through the loop that PyTorch has for it on CPU."""
+
+    def run() -> list[Tensor]:
+        made = Experts(ExpertOptions(kind="swiglu", hidden=16, bias=bias, count=4), 16)
+        randomise(made, seed=4)
+        x = torch.randn(sum(counts_E), 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = through(made, x, counts_E)
+        torch.autograd.backward(y.square().sum())
+        return [y, x.grad, *(parameter.grad for parameter in made.parameters())]
+
+    plain = run()
+    calls = []
+    grouped_mm = torch.nn.functional.grouped_mm
+
+    def aligned(self: Group, rows: Tensor, stack: Tensor) -> bool:
+        return all(size % 8 == 0 for size in (*stack.shape[1:], rows.shape[1]))
+
+    monkeypatch.setattr(Group, "_grouped", aligned)
+    monkeypatch.setattr(
+        "moesaic.model.grouped.F.grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k)
+    )
+    for ours, theirs in zip(run(), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 6  # two products forward; two, and two of gradients, backward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_of_few_experts_change_nothing(kind: FFNKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.model.grouped._GROUP_BYTES", 200)
+    compare(bank(kind, True), [3, 0, 4, 2], 1e-12)
+    compare(bank(kind, False), [2, 2, 2, 2], 1e-12)
+
+
+def test_large_float32_products_by_onednn_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.model.grouped._LARGE", 1)
+    monkeypatch.setattr("moesaic.model.grouped.prefers_onednn", torch.backends.mkldnn.is_available)
+    compare(bank("swiglu", False, torch.float32), [3, 0, 4, 2], 1e-5)
