@@ -208,7 +208,8 @@ class _ExpertFFN(torch.autograd.Function):
         need_x, need_weight, need_first, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[:6]
         dispatch, kind = ctx.dispatch, ctx.kind
         weight_R1 = dispatch.weight_R(weight_TK).to(x_TD.dtype)[:, None]
-        d_weight_R = torch.empty(len(z_RG), dtype=torch.float32, device=x_TD.device)
+        exact = weight_TK.dtype  # float32, whatever the rows are
+        d_weight_R = torch.empty(len(z_RG), dtype=exact, device=x_TD.device)
         dx_RD = (
             torch.empty(len(z_RG), x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device) if need_x else None
         )
@@ -225,9 +226,9 @@ class _ExpertFFN(torch.autograd.Function):
             a = z if kind == "relu" else activate(z, kind)
             da = group.products(dy, down_EDH)
             if need_weight:
-                d_weight_R[rows] = (da * a).sum(-1, dtype=torch.float32)
+                d_weight_R[rows] = (da * a).sum(-1, dtype=exact)
                 if down_bias_ED is not None:
-                    d_weight_R[rows] += (dy * group.spread(down_bias_ED)).sum(-1, dtype=torch.float32)
+                    d_weight_R[rows] += (dy * group.spread(down_bias_ED)).sum(-1, dtype=exact)
             dy *= weight_1
             if d_down is not None:
                 group.outer_products(dy, a, d_down)
@@ -242,5 +243,5 @@ class _ExpertFFN(torch.autograd.Function):
             if dx_RD is not None:
                 group.products(dz, first_EGD, None, dx_RD[rows]).mul_(weight_1)
         dx_TD = None if dx_RD is None else dispatch.combine(dx_RD)
-        d_weight_TK = dispatch.weight_gradient(d_weight_R).to(weight_TK.dtype) if need_weight else None
+        d_weight_TK = dispatch.weight_gradient(d_weight_R) if need_weight else None
         return dx_TD, d_weight_TK, d_first, d_up_bias, d_down, d_down_bias, None, None, None
