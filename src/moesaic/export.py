@@ -12,7 +12,7 @@ from moesaic.errors import RecipeError
 from moesaic.lm import LM, load
 from moesaic.weights.gguf import KINDS, write_gguf
 from moesaic.weights.hf import model_type, tokenizer_files, write_hf
-from moesaic.weights.shards import real_file
+from moesaic.weights.shards import read_json_file, real_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,34 +39,46 @@ def export_model(
         raise RecipeError(f"--dtype {dtype}: {to} takes {', '.join(known)}")
     if (to == "gguf") != (out.suffix == ".gguf"):
         raise RecipeError(f"{out}: a GGUF is a file that ends in .gguf, and nothing else does")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    empty = to == "hf" and out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if os.path.lexists(out) and not empty:
         raise RecipeError(f"{out}: exists; choose another name")
-    if not out.parent.is_dir():
-        raise RecipeError(f"{out.parent}: no such directory")
     lm = load(source)
     tokenizer, config = lm.known_tokenizer, lm.config
     eos = sorted(lm.stop_ids)
     if not eos and tokenizer is not None and tokenizer.eos_id is not None:
         eos = [tokenizer.eos_id]
     if to == "gguf":
-        name = Path(source).resolve().name
-        return write_gguf(out, config, lm.model, tokenizer, name=name, kind=dtype or "f16", eos=eos)
+        return write_gguf(out, config, lm.model, tokenizer, name=out.stem, kind=dtype or "f16", eos=eos)
     if dtype is not None:
         for parameter in lm.model.parameters():  # one at a time, so that no second copy of the model exists
             parameter.data = parameter.data.to(DTYPES[dtype])
+            if not parameter.isfinite().all():
+                raise RecipeError(f"--dtype {dtype} cannot hold all of the weights; use bfloat16")
     files = {} if tokenizer is None else tokenizer_files(tokenizer)
-    for file in _CARRIED:
-        if os.path.lexists(lm.path / file):
-            carried = real_file(lm.path / file)  # no link brings a file from elsewhere into an export
-            if carried.stat().st_size < _MOST_BYTES:
-                files[file] = carried.read_bytes()
-    files["README.md"] = model_card(lm, Path(source)).encode()
-    if out.is_dir():
-        out.rmdir()
+    files |= _carried(lm.path)
+    files["README.md"] = model_card(lm, out.name).encode()
     return write_hf(out, config, lm.model, files, eos, model_type(lm.path)).architecture
 
 
-def model_card(lm: LM, source: Path) -> str:
+def _carried(directory: Path) -> dict[str, bytes]:
+    """What a foreign directory has besides weights and tokenizer.json, without what names code to run."""
+    found = {}
+    for name in _CARRIED:
+        if not os.path.lexists(directory / name):
+            continue
+        if name.endswith(".json"):
+            table = read_json_file(directory / name)
+            if isinstance(table, dict):
+                table.pop("auto_map", None)
+            found[name] = (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode()
+        else:
+            file = real_file(directory / name)  # no link brings a file from elsewhere into an export
+            if file.stat().st_size < _MOST_BYTES:
+                found[name] = file.read_bytes()
+    return found
+
+
+def model_card(lm: LM, title: str) -> str:
     """A README.md for the model: what it is, how it was trained, how to open it. Facts only."""
     counts, config = lm.config.parameters(), lm.config
     rows = [
@@ -80,9 +92,8 @@ def model_card(lm: LM, source: Path) -> str:
             f"{config.experts.count} of hidden size {config.experts.hidden}, {config.router.top_k} per token"
         )
         rows.append(("experts", f"{sparse}, in {len(config.moe_layers)} of {config.layers} layers"))
-    rows += _training(source)
+    rows += _training(lm.path)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    title = source.resolve().name
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -108,18 +119,19 @@ It has no licence of its own: that of its training data and of the models it was
 """
 
 
-def _training(source: Path) -> list[tuple[str, str]]:
-    """Rows on the run that made the model, where ``source`` is one or lies in one."""
-    run = next((p for p in (source, *source.resolve().parents[:2]) if (p / "recipe.toml").is_file()), None)
-    if run is None:
+def _training(path: Path) -> list[tuple[str, str]]:
+    """Rows on the run that made the model at ``path``, where one of ours lies in one."""
+    run = next((p for p in path.resolve().parents[:2] if (p / "recipe.toml").is_file()), None)
+    if run is None or not (path / "moesaic.json").is_file():
         return []
-    recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
-    rows = [
-        ("trained on", f"{recipe['data']['source']}, {recipe['train']['steps']:,} steps ({recipe['name']})")
-    ]
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    held_out = [row for row in map(json.loads, lines) if row.get("split") == "val"]
+    try:
+        step = json.loads((path / "moesaic.json").read_text(encoding="utf-8"))["step"]
+        recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+        rows = [("trained on", f"{recipe['data']['source']}, {step:,} steps ({recipe['name']})")]
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # the last may be torn
+        held_out = [row for row in map(json.loads, lines) if row["split"] == "val" and row["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # a card without these rows is better than none
     if held_out:
         last = held_out[-1]
         rows.append(("held-out loss", f"{last['loss']:.4f} nats per token at step {last['step']:,}"))

@@ -3,7 +3,6 @@
 Shape legend: B batch, T positions, V vocabulary.
 """
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,8 @@ from moesaic.model.packed import Layout, pack
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.routing import Routing
 from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint, step_of
-from moesaic.weights.hf import is_hf, load_hf, stop_ids
+from moesaic.weights.hf import is_hf, load_hf, load_tokenizer, stop_ids
 from moesaic.weights.manifest import is_valid
-from moesaic.weights.shards import real_file
 
 
 @dataclass(frozen=True)
@@ -159,9 +157,7 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
     keep_freed_memory()
     if is_hf(path):
         config, model = load_hf(path, device, warnings.warn)
-        tokenizer = path / "tokenizer.json"
-        known = Tokenizer.load(real_file(tokenizer)) if os.path.lexists(tokenizer) else None
-        return LM(config, model, known, path, stop_ids(path))
+        return LM(config, model, load_tokenizer(path), path, stop_ids(path))
     path, contents = _find(path)
     try:
         described = contents.json["moesaic.json"]

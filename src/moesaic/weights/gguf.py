@@ -93,6 +93,7 @@ def write_gguf(
         for tensor_name, tensor in _tensors(model, config, architecture):
             _add(writer, names, tensor_name, tensor, kind)
         with explained(out.parent, f"{out} cannot be written"):
+            out.parent.mkdir(parents=True, exist_ok=True)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -265,6 +266,8 @@ def _add(writer: Any, names: Any, name: str, tensor: Tensor, kind: str) -> None:
         data = gguf.quants.quantize(tensor.float().numpy(), raw)
     else:
         data = np.ascontiguousarray(tensor.to(torch.float16 if wanted == "f16" else torch.float32).numpy())
+        if not np.isfinite(data).all():
+            raise RecipeError(f"{name}: {wanted} cannot hold all of the weights; use --dtype bf16")
     writer.add_tensor(f"{known}.{suffix}", data, raw_dtype=raw)
 
 

@@ -5,6 +5,7 @@ family may call their module and matrices otherwise (Mixtral), and a tied head i
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel
 from moesaic.weights.checkpoint import Contents, write_checkpoint
 from moesaic.weights.families import Family, read_config, write_config
-from moesaic.weights.manifest import recorded
-from moesaic.weights.shards import INDEX, SINGLE, Shards, Stored, read_json_file, shown
+from moesaic.weights.manifest import read_checked, recorded
+from moesaic.weights.shards import INDEX, SINGLE, Shards, Stored, read_json_file, real_file, shown
 
 Say = Callable[[str], None]
 Place = tuple[int | slice, ...]
@@ -76,11 +77,23 @@ def load_hf(directory: Path, device: str, say: Say) -> tuple[ModelConfig, Langua
     return config, model.eval()
 
 
+def load_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a directory, None where it has none. Raises CheckpointError, DataError."""
+    path, entry = directory / "tokenizer.json", recorded(directory).get("tokenizer.json")
+    if not os.path.lexists(path):
+        return None
+    real = real_file(path)
+    if entry is not None:
+        read_checked(real, entry, keep=False)
+    return Tokenizer.load(real)
+
+
 def stop_ids(directory: Path) -> frozenset[int]:
     """The ids that end a text, by generation_config.json or config.json. Raises CheckpointError."""
+    entries = recorded(directory)
     for name in ("generation_config.json", "config.json"):
         if (directory / name).exists():
-            table = read_json_file(directory / name)
+            table = read_json_file(directory / name, entries.get(name))
             ids = table.get("eos_token_id") if isinstance(table, dict) else None
             found = [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
             if found:
