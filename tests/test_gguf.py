@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tiny_runs import run_tiny
 
 gguf = pytest.importorskip("gguf")
@@ -127,4 +126,3 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(moesaic.errors.ResourceError, match="free"):
         moesaic.export_model(run, tmp_path / "model.gguf", "gguf")
     assert [path for path in tmp_path.iterdir() if "gguf" in path.name] == []
-    assert torch.get_num_threads() >= 1
