@@ -1,6 +1,7 @@
 """What each CPU choice in model/ buys over what PyTorch would do by itself, forward and backward."""
 
 import random
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from moesaic.model.conv import ShortConv
 from moesaic.model.dispatch import Dispatch, sort_by_expert
 from moesaic.model.experts import ExpertOptions, Experts
 from moesaic.model.norm import RMSNorm
+from moesaic.native import library
 from moesaic.routing import Routing
 
 T, D, E, K = 4096, 256, 8, 2
@@ -20,7 +22,17 @@ def main() -> None:
     print(header())
     torch.manual_seed(0)
     print(f"\n{'choice':58} {'PyTorch ms':>11} {'moesaic ms':>11} {'×':>6}")
-    for name, theirs, ours in (norm(), attention(), conv(), scatter(), shapes(), equal(), onednn()):
+    for name, theirs, ours in (
+        norm(),
+        attention(),
+        conv(),
+        scatter(),
+        shapes(),
+        equal(),
+        few(),
+        sort(),
+        onednn(),
+    ):
         seconds = median_seconds({"theirs": theirs, "ours": ours}, repeats=11)
         a, b = 1000 * seconds["theirs"], 1000 * seconds["ours"]
         print(f"{name:58} {a:11.2f} {b:11.2f} {a / b:6.2f}")
@@ -117,6 +129,37 @@ def equal():
         lambda: run_bank(bank, [63, 65] * 32, 128),
         lambda: run_bank(bank, [64] * 64, 128),
     )
+
+
+def few():
+    """512 small experts with two rows each, which are one call of our kernels, against a product for each."""
+    bank = Experts(ExpertOptions(kind="swiglu", hidden=256, count=512), 512)
+    torch.nn.init.normal_(bank.gate_up_proj, std=0.02)
+    torch.nn.init.normal_(bank.down_proj, std=0.02)
+
+    def theirs() -> None:
+        with mock.patch.object(library, "available", return_value=False):
+            run_bank(bank, [1, 3] * 256, 512)
+
+    return (
+        "512 experts, fp32, 2 rows each: a loop / kernels",
+        theirs,
+        lambda: run_bank(bank, [1, 3] * 256, 512),
+    )
+
+
+def sort():
+    """16,384 choices sorted by expert: PyTorch's stable sort against counting."""
+    logits = torch.randn(2048, 64)
+    weight, expert = logits.softmax(-1).topk(8)
+    keep = torch.ones_like(expert, dtype=torch.bool)
+    routing = Routing(weight, expert, keep, logits, logits, keep)
+
+    def theirs() -> None:
+        with mock.patch.object(library, "available", return_value=False):
+            sort_by_expert(routing)
+
+    return "2,048 tokens, top-8 of 64: sorting / counting", theirs, lambda: sort_by_expert(routing)
 
 
 def onednn():

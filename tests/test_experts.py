@@ -258,7 +258,7 @@ def test_products_by_grouped_mm_are_those_of_the_loop(
         "moesaic.model.grouped.F.grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k)
     )
     for ours, theirs in zip(run(), plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.detach().abs().max()))
     assert len(calls) == 6  # two products forward; two, and two of gradients, backward
 
 

@@ -7,16 +7,25 @@ import torch
 from test_experts import through
 from torch import Tensor, nn
 
-from moesaic.errors import RecipeError
 from moesaic.generate import SampleOptions, stream
 from moesaic.model.attention import AttentionOptions
 from moesaic.model.config import ModelConfig
 from moesaic.model.experts import ExpertOptions, Experts, FFNKind
 from moesaic.model.packed import PackedExperts, PackedLinear, pack
 from moesaic.model.transformer import LanguageModel
+from moesaic.native import library
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+
+
+@pytest.fixture(params=["kernels", "PyTorch"], autouse=True)
+def _with_and_without_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "PyTorch":
+        monkeypatch.setattr(library, "available", lambda: False)
+    elif not library.available():
+        pytest.skip(library.state())
+
 
 IDS = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -98,12 +107,25 @@ def test_experts_without_rows_are_not_read() -> None:
     bank = Experts(ExpertOptions(hidden=16, count=3), 32)
     for parameter in bank.parameters():
         nn.init.normal_(parameter)
+    bank.gate_up_proj.data[1] = bank.down_proj.data[1] = torch.nan
     packed = PackedExperts(bank, "packed")
-    packed.first[1] = packed.down[1] = nn.Identity()
     with torch.inference_mode():
         assert through(packed, torch.randn(4, 32), [3, 0, 1]).isfinite().all()  # type: ignore[arg-type]
 
 
-def test_int8_refuses_what_its_kernel_cannot_take() -> None:
-    with pytest.raises(RecipeError, match="multiples of 16"):
-        PackedLinear(torch.randn(8, 20), None, "int8")
+@pytest.mark.parametrize("rows", [2, 40])
+def test_int8_takes_matrices_of_any_shape(rows: int) -> None:
+    weight_OI, x = torch.randn(7, 21, generator=torch.Generator().manual_seed(2)), torch.randn(rows, 21)
+    torch.testing.assert_close(
+        PackedLinear(weight_OI, None, "int8")(x), x @ weight_OI.T, rtol=0.05, atol=0.15
+    )
+
+
+def test_a_packed_model_shares_the_memory_of_its_matrices_where_there_are_kernels() -> None:
+    if not library.available():
+        pytest.skip(library.state())
+    plain = model(torch.bfloat16)
+    before = plain.lm_head.weight.data_ptr()
+    head = pack(plain, "packed").lm_head
+    assert isinstance(head, PackedLinear)
+    assert head.matrices.stack.matrix_EOI.data_ptr() == before

@@ -20,6 +20,7 @@ from moesaic.machine import keep_freed_memory, multiplies_bf16
 from moesaic.model.config import ModelConfig
 from moesaic.model.packed import Layout, pack
 from moesaic.model.transformer import LanguageModel, Output
+from moesaic.native import library
 from moesaic.routing import Routing
 from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint, step_of
 from moesaic.weights.hf import is_hf, load_hf, load_tokenizer, stop_ids
@@ -59,11 +60,13 @@ class LM:
 
     def lay_out(self, weights: str | None = None) -> None:
         """Lay the weights out for decoding (model/packed.py): ``packed``, ``int8``, or leave them ``stored``.
-        None packs a bfloat16 model on a CPU that multiplies bfloat16. Raises RecipeError."""
+        None packs a model on a CPU where that makes it faster. Raises RecipeError."""
         if weights is None:
             weight = self.model.lm_head.weight
-            on_cpu = weight.device.type == "cpu" and multiplies_bf16("cpu")
-            weights = "packed" if on_cpu and weight.dtype == torch.bfloat16 else "stored"
+            bf16 = weight.dtype == torch.bfloat16 and multiplies_bf16("cpu")
+            # Kernels of our own read any dtype faster; where weights stay in the cache that is no gain.
+            large = library.available() and self.config.parameters().total > 2**25
+            weights = "packed" if weight.device.type == "cpu" and (bf16 or large) else "stored"
         if weights in get_args(Layout):
             pack(self.model, cast(Layout, weights))
         elif weights != "stored":

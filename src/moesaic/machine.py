@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from moesaic.native.library import state as few_rows_state
+
 
 def describe() -> dict[str, Any]:
     """Versions and hardware, for env.json and ``moesaic env``; nothing secret, no user or host name."""
@@ -38,6 +40,7 @@ def describe() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "products_of_few_rows": few_rows_state(),
         "large_float32_products": "oneDNN" if prefers_onednn() else "MKL",
         "huge_pages": "asked for" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "not asked for",
         "packages": packages,

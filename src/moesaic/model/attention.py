@@ -251,6 +251,8 @@ class Rope:
 
 def rotate(x_BTNH: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
     """Rotate the pairs (i, i + H/2) of [B, T, N, H], Hugging Face's convention for Llama."""
+    if not torch.is_grad_enabled():
+        return _rotated(x_BTNH, cos_BTP, sin_BTP)
     y_BTNH: Tensor = _Rotate.apply(x_BTNH, cos_BTP, sin_BTP)  # type: ignore[no-untyped-call]
     return y_BTNH
 

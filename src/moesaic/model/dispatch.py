@@ -6,11 +6,16 @@ by expert; perhaps fillers between experts), N = T·K choices.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.native import library
+from moesaic.native.dispatch import count_choices, place_choices
+from moesaic.native.rows import Rows
 from moesaic.routing import Routing
 
 Fill = Callable[[list[int], torch.device], list[int]]
@@ -34,6 +39,11 @@ class Dispatch:
     counts_E: list[int]
     complete: bool = True
 
+    @cached_property
+    def rows(self) -> Rows:
+        """Whose rows they are, without the experts that have none."""
+        return rows_of(self.counts_E)
+
     def weight_R(self, weight_TK: Tensor) -> Tensor:
         """The weight of each row, zero for fillers."""
         weight_N1 = torch.cat([weight_TK.flatten(), weight_TK.new_zeros(1)])
@@ -55,25 +65,47 @@ class Dispatch:
         return F.embedding_bag(self.place_TK, rows_RD, mode="sum")
 
 
+def rows_of(counts_E: list[int]) -> Rows:
+    """``counts_E`` without the experts that have no rows: a bank may have thousands, of which a token uses
+    eight."""
+    hit = [e for e, count in enumerate(counts_E) if count]
+    return Rows(hit, list(accumulate(counts_E[e] for e in hit)))
+
+
 def sort_by_expert(routing: Routing, fill: Fill | None = None) -> Dispatch:
     """The kept choices in expert order, each expert's rows filled up as the bank wishes."""
-    num_experts, device = routing.num_experts, routing.expert_TK.device
-    T, K = routing.expert_TK.shape
+    expert_TK, keep_TK = routing.expert_TK.contiguous(), routing.keep_TK.contiguous()
+    by_counting = expert_TK.device.type == "cpu" and library.available()
+    real_E = (count_choices if by_counting else _count)(expert_TK, keep_TK, routing.num_experts)
+    counts_E = real_E if fill is None else fill(real_E, expert_TK.device)
+    starts_E = [0, *accumulate(counts_E)]
+    place = place_choices if by_counting else _place
+    order_R, token_R, place_TK = place(expert_TK, keep_TK, starts_E[:-1], starts_E[-1])
+    return Dispatch(order_R, token_R, place_TK, counts_E, sum(real_E) == expert_TK.numel())
+
+
+# The same by PyTorch's sort, for GPUs and machines without a compiler.
+
+
+def _count(expert_TK: Tensor, keep_TK: Tensor, num_experts: int) -> list[int]:
+    return torch.bincount(expert_TK[keep_TK], minlength=num_experts).tolist()
+
+
+def _place(
+    expert_TK: Tensor, keep_TK: Tensor, starts_E: list[int], rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, K = expert_TK.shape
+    E, N, device = len(starts_E), expert_TK.numel(), expert_TK.device
     # Choices that are not kept belong to one expert more, which sorts last.
-    expert_N = torch.where(routing.keep_TK, routing.expert_TK, num_experts).flatten()
+    expert_N = torch.where(keep_TK, expert_TK, E).flatten()
     order_N = expert_N.argsort(stable=True)
-    real_E: list[int] = torch.bincount(expert_N, minlength=num_experts + 1)[:num_experts].tolist()
-    counts_E = real_E if fill is None else fill(real_E, device)
-    kept, rows = sum(real_E), sum(counts_E)
-    row_N = torch.arange(len(expert_N), device=device)
-    row_N[kept:] = rows
-    order_R = order_N[:kept]
-    if rows != kept:  # fillers move the rows of every later expert down
-        shift_E = torch.tensor([0, *counts_E]) - torch.tensor([0, *real_E])
-        row_N[:kept] += shift_E.cumsum(0)[:num_experts].to(device)[expert_N[order_R]]
-        order_R = torch.full((rows,), len(expert_N), device=device)
-        order_R[row_N[:kept]] = order_N[:kept]
+    sorted_N = expert_N[order_N]
+    counts = torch.bincount(expert_N, minlength=E + 1)
+    shift = torch.tensor([*starts_E, rows], device=device) - (counts.cumsum(0) - counts)
+    row_N = torch.where(sorted_N < E, torch.arange(N, device=device) + shift[sorted_N], rows)
+    order_R = torch.full((rows + 1,), N, device=device)
+    order_R[row_N] = order_N
+    order_R = order_R[:rows]
     place_N = torch.empty_like(order_N)
     place_N[order_N] = row_N
-    token_R = (order_R // K).clamp_(max=T - 1)
-    return Dispatch(order_R, token_R, place_N.view_as(routing.expert_TK), counts_E, kept == len(expert_N))
+    return order_R, (order_R // K).clamp_(max=T - 1), place_N.view(T, K)

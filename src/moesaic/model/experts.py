@@ -18,6 +18,8 @@ from moesaic.config import Options
 from moesaic.model.dispatch import Dispatch
 from moesaic.model.dropout import kept
 from moesaic.model.grouped import fill, groups
+from moesaic.native.rows import Stack
+from moesaic.native.rows import experts as few_experts
 
 FFNKind = Literal["swiglu", "relu", "gelu", "relu2"]
 
@@ -142,6 +144,10 @@ class Experts(nn.Module):
         first, down, up_bias, down_bias = self.first_matrix, self.down_proj, self.up_bias, self.down_bias
         device = x_TD.device.type
         dtype = self._compute_dtype(device)
+        if not torch.is_grad_enabled() and dispatch.rows.few(first) and not dropout:
+            stacks = Stack(first, up_bias), Stack(down, down_bias)
+            rows = dispatch.rows
+            return few_experts(x_TD, dispatch.order_R, weight_TK, *stacks, rows, self.kind).to(dtype)
         mask_RD = kept((len(dispatch.order_R), x_TD.shape[1]), dropout, device) if dropout else None
         with torch.autocast(device, enabled=False):
             out: Tensor = _ExpertFFN.apply(  # type: ignore[no-untyped-call]

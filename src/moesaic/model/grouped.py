@@ -1,7 +1,8 @@
 """Products of rows, sorted by expert, with the matrices of their experts, a group of experts at a time.
 
 Where every expert of a group has as many rows, the group is one batched product, whose threads take whole
-experts each; else there is one product per expert. On CUDA the group is everything and the products are
+experts each; where each has few, as in decoding or with thousands of experts, it is one call of our kernels
+(native/rows.cpp); else there is one product per expert. On CUDA the group is everything and the products are
 ``grouped_mm``, which reads the counts on the device.
 
 Shape legend: R rows of all experts, r rows of a group, E experts, I and O what goes into and comes out of a
@@ -11,12 +12,15 @@ product.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.machine import prefers_onednn
+from moesaic.model.dispatch import rows_of
+from moesaic.native import rows as few_rows
 
 # What one group's rows may take between its products: enough experts to keep operators few, few enough for
 # what one product writes to be in the cache when the next reads it.
@@ -82,9 +86,13 @@ class Group:
         stack = stack_EIO[self.experts]
         bias = None if bias_EO is None else bias_EO[self.experts]
         if self._grouped(x_rI, stack):
-            out_rO.copy_(F.grouped_mm(x_rI, stack, offs=self._ends()))
+            out_rO.copy_(F.grouped_mm(x_rI, stack, offs=self._offsets()))
             return out_rO if bias_EO is None else out_rO.add_(self.spread(bias_EO))
-        if self._equal and bias is None:
+        if self._rows.few(stack.mT):
+            out_rO.copy_(few_rows.products(x_rI, few_rows.Stack(stack.mT, bias), self._rows))
+        elif bias is None and self._rows.few(stack):
+            out_rO.copy_(few_rows.transposed_products(x_rI, stack, self._rows))
+        elif self._equal and bias is None:
             torch.bmm(self._slab(x_rI), stack, out=self._slab(out_rO))
         elif self._equal and bias is not None:
             torch.baddbmm(bias[:, None], self._slab(x_rI), stack, out=self._slab(out_rO))
@@ -106,10 +114,13 @@ class Group:
         none."""
         grad = grad_EOI[self.experts]
         if self._grouped(dy_rO, grad):
-            grad.copy_(F.grouped_mm(dy_rO.t(), x_rI, offs=self._ends()))
+            grad.copy_(F.grouped_mm(dy_rO.t(), x_rI, offs=self._offsets()))
             for expert, count in enumerate(self.counts):
                 if not count:  # what is written for an empty group differs between versions and devices
                     grad[expert].zero_()
+            return
+        if self._rows.few(grad):
+            few_rows.outer_products(dy_rO, x_rI, grad, list(accumulate(self.counts)))
             return
         if self._equal:
             torch.bmm(self._slab(dy_rO).mT, self._slab(x_rI), out=grad)
@@ -134,15 +145,13 @@ class Group:
         counts = torch.tensor(self.counts, device=self.device)
         return bias_EO[self.experts].repeat_interleave(counts, dim=0, output_size=sum(self.counts))
 
-    # A bank may have thousands of experts of which a token uses eight: they are looked through once.
-
     @cached_property
-    def _hit(self) -> list[int]:
-        return [e for e, count in enumerate(self.counts) if count]
+    def _rows(self) -> few_rows.Rows:
+        return rows_of(self.counts)
 
     @cached_property
     def _sizes(self) -> list[int]:
-        return [self.counts[e] for e in self._hit]
+        return [self.counts[e] for e in self._rows.hit]
 
     @cached_property
     def _equal(self) -> bool:
@@ -160,7 +169,8 @@ class Group:
 
     def _used(self, stack: Tensor) -> Sequence[Tensor]:
         """The slice of each expert that has any rows; the others are not touched."""
-        return stack.unbind() if len(self._hit) == len(self.counts) else [stack[e] for e in self._hit]
+        hit = self._rows.hit
+        return stack.unbind() if len(hit) == len(self.counts) else [stack[e] for e in hit]
 
     def _grouped(self, rows: Tensor, stack: Tensor) -> bool:
         """Whether ``grouped_mm`` has a kernel for this: bf16 on compute capability 9 or above, every stride a
@@ -170,5 +180,5 @@ class Group:
         aligned = all(size % 8 == 0 for size in (*stack.shape[1:], rows.shape[1]))
         return aligned and torch.cuda.get_device_capability(self.device)[0] >= 9
 
-    def _ends(self) -> Tensor:
+    def _offsets(self) -> Tensor:
         return torch.tensor(self.counts, device=self.device).cumsum(0).to(torch.int32)
