@@ -106,7 +106,7 @@ def generate(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="stored, packed (for a CPU; bfloat16 models are by default) or int8 (half the reading)."
+            help="stored, packed (on a CPU, where it is faster, the default) or int8 (half the reading)."
         ),
     ] = None,
 ) -> None:
