@@ -11,16 +11,15 @@ import torch
 from pydantic import ValidationError
 
 from moesaic.errors import CheckpointError
-from moesaic.weights import checkpoint
 from moesaic.weights.checkpoint import (
     CheckpointOptions,
-    Contents,
     newest_valid,
     read_checkpoint,
     save,
     step_of,
     write_checkpoint,
 )
+from moesaic.weights.contents import DTYPES, Contents
 
 
 def simple(value: int) -> Contents:
@@ -65,7 +64,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 256, (64,), generator=generator, dtype=torch.uint8)
     shared = torch.arange(6.0)
-    tensors = {str(dtype): bits.view(dtype) for dtype in checkpoint._DTYPES if dtype != torch.bool}
+    tensors = {str(dtype): bits.view(dtype) for dtype in DTYPES if dtype != torch.bool}
     tensors |= {
         "bool": bits > 127,
         "scalar": torch.tensor(3, dtype=torch.int64),

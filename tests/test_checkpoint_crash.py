@@ -15,7 +15,8 @@ from test_checkpoint import listing, simple, unspoken, value_in
 from moesaic import files
 from moesaic.errors import CheckpointError, MoesaicError, RecipeError, ResourceError
 from moesaic.weights import checkpoint
-from moesaic.weights.checkpoint import Contents, newest_valid, save
+from moesaic.weights.checkpoint import newest_valid, save
+from moesaic.weights.contents import Contents
 from moesaic.weights.manifest import is_valid
 
 CHANGING_CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")

@@ -17,7 +17,7 @@ from moesaic.errors import CheckpointError  # noqa: E402
 from moesaic.generate import SampleOptions, stream  # noqa: E402
 from moesaic.lm import LM  # noqa: E402
 from moesaic.train.recipe import load_recipe  # noqa: E402
-from moesaic.weights import families  # noqa: E402
+from moesaic.weights import config_json  # noqa: E402
 from moesaic.weights.hf import tensors_on_disk  # noqa: E402
 
 LLAMA3 = {
@@ -76,6 +76,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 14, "attention_bias": True}),
     "olmo2": ("olmo2", {"num_key_value_heads": 4}),
+    "flex_olmo": ("flex_olmo", {"num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True}),
 }
 SPARSE = [name for name, (kind, _) in CASES.items() if families.FAMILIES[kind].sparse]
 
@@ -301,6 +302,6 @@ def test_without_a_tokenizer_ids_work_and_text_says_why_not(tmp_path: Path) -> N
 )
 def test_the_tiny_recipes_leave_as_the_shapes_they_are_named_after(recipe: str, architecture: str) -> None:
     config = load_recipe(recipe).model.model_copy(update={"vocab_size": 300})
-    family, table = families.write_config(config)
+    family, table = config_json.write_config(config)
     assert family.architecture == architecture
     assert families.read_config(table, "config.json")[1].parameters() == config.parameters()

@@ -13,7 +13,8 @@ from stock_directories import CONFIG, attempt, configure, edit_json, link_out, p
 
 import moesaic
 from moesaic.errors import CheckpointError, RecipeError
-from moesaic.weights.families import FAMILIES, read_config
+from moesaic.weights.config_json import read_config
+from moesaic.weights.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("no_test_hangs")
 

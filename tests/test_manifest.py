@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from moesaic.errors import CheckpointError
-from moesaic.weights.checkpoint import Contents, read_checkpoint, read_json, read_tensors, write_checkpoint
+from moesaic.weights.checkpoint import read_checkpoint, read_json, read_tensors, write_checkpoint
+from moesaic.weights.contents import Contents
 from moesaic.weights.manifest import verify
 
 

@@ -22,7 +22,8 @@ from moesaic.model.packed import Layout, pack
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.native import library
 from moesaic.routing import Routing
-from moesaic.weights.checkpoint import Contents, newest_valid, read_checkpoint, step_of
+from moesaic.weights.checkpoint import newest_valid, read_checkpoint, step_of
+from moesaic.weights.contents import Contents
 from moesaic.weights.hf import is_hf, load_hf, load_tokenizer, stop_ids
 from moesaic.weights.manifest import is_valid
 

@@ -20,7 +20,8 @@ from moesaic.model.transformer import LanguageModel
 from moesaic.train.objectives import Batch, Objective, next_token
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
 from moesaic.train.recipe import Recipe
-from moesaic.weights.checkpoint import Contents, read_checkpoint
+from moesaic.weights.checkpoint import read_checkpoint
+from moesaic.weights.contents import Contents
 
 
 @dataclass

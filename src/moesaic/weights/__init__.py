@@ -2,7 +2,6 @@
 
 from moesaic.weights.checkpoint import (
     CheckpointOptions,
-    Contents,
     newest_valid,
     read_checkpoint,
     read_json,
@@ -11,6 +10,7 @@ from moesaic.weights.checkpoint import (
     step_of,
     write_checkpoint,
 )
+from moesaic.weights.contents import Contents
 from moesaic.weights.manifest import verify
 
 __all__ = [

@@ -15,13 +15,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
@@ -29,28 +27,11 @@ from torch import Tensor
 from moesaic.config import Options
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import explain, explained, free_bytes, human_size, sync_directory, write_atomic, write_new
-from moesaic.weights.manifest import Entry, is_plain, is_valid, listed, read_checked, verify, write_manifest
+from moesaic.weights.contents import Contents, Part, parts_of
+from moesaic.weights.manifest import Entry, is_valid, listed, read_checked, verify, write_manifest
 
 _STEP = r"step-\d{8,}"
-_HEADER_LIMIT = 100_000_000  # bytes; readers of safetensors refuse more
 _DISK_BLOCK = 4096
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
-}
 
 
 class CheckpointOptions(Options):
@@ -61,29 +42,6 @@ class CheckpointOptions(Options):
 
     every: int = Field(500, ge=1)
     keep: int = Field(2, ge=2)
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The files of a checkpoint by plain file name.
-
-    ``tensors`` end in ``.safetensors`` and ``json`` in ``.json``; ``files`` are copied as they are.
-    JSON has no tuples (read back as lists), no keys but strings, and no NaN or infinity (refused).
-    """
-
-    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    json: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A file to write: its exact size is known before its first byte is made."""
-
-    name: str
-    kind: str
-    size: int
-    blocks: Callable[[], Iterator[bytes | memoryview]]
 
 
 def save(run: Path, step: int, contents: Contents, keep: int) -> Path:
@@ -150,7 +108,7 @@ def write_checkpoint(directory: Path, contents: Contents) -> None:
     memory and on any device; two names of one tensor are written twice. Raises as ``save``, and
     ValueError for contents that no checkpoint can hold.
     """
-    parts = _parts(contents)
+    parts = parts_of(contents)
     needed = sum(_DISK_BLOCK * (2 + part.size // _DISK_BLOCK) for part in parts) + 2 * _DISK_BLOCK
     problem = f"checkpoint needs {human_size(needed)}"
     parent, temporary = directory.parent, _beside(directory, "tmp")
@@ -200,59 +158,7 @@ def read_json(directory: Path, name: str) -> Any:
 # Writing
 
 
-def _parts(contents: Contents) -> list[_Part]:
-    parts = [_tensor_part(name, tensors) for name, tensors in contents.tensors.items()]
-    for name, value in contents.json.items():
-        data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-        parts.append(_bytes_part(name, "json", data))
-    parts += [_bytes_part(name, "bytes", data) for name, data in contents.files.items()]
-    suffixes = {"tensors": ".safetensors", "json": ".json", "bytes": ""}
-    for part in parts:
-        if not is_plain(part.name) or not part.name.endswith(suffixes[part.kind]):
-            raise ValueError(f"{part.name!r}: not a plain file name for {part.kind}")
-    if len({part.name for part in parts}) < len(parts):
-        raise ValueError(f"a file name is used twice: {sorted(part.name for part in parts)}")
-    return sorted(parts, key=lambda part: part.name)
-
-
-def _bytes_part(name: str, kind: str, data: bytes) -> _Part:
-    return _Part(name, kind, len(data), lambda: iter([data]))
-
-
-def _tensor_part(name: str, tensors: dict[str, Tensor]) -> _Part:
-    """A safetensors file as a stream: the library would need every byte in memory once more, hide the
-    errno of a full disk, and leave the file to be read again for its hash."""
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # keeps all of them aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers 4 refuses the file
-    end = 0
-    for key in order:
-        tensor = tensors[key]
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(
-                f"{name}: {key} is {tensor.dtype}, {tensor.layout} on {tensor.device}: not storable"
-            )
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if "__metadata__" in tensors or len(text) > _HEADER_LIMIT:
-        raise ValueError(f"{name}: {len(header)} tensors do not fit into a safetensors header")
-    head = len(text).to_bytes(8, "little") + text
-
-    def blocks() -> Iterator[bytes | memoryview]:
-        yield head
-        for key in order:  # one tensor at a time: a copy off the device or into order is short-lived
-            flat = tensors[key].detach().cpu().contiguous().flatten()
-            yield flat.view(torch.uint8).numpy().data
-
-    return _Part(name, "tensors", len(head) + end, blocks)
-
-
-def _write_files(temporary: Path, parts: list[_Part]) -> None:
+def _write_files(temporary: Path, parts: list[Part]) -> None:
     os.mkdir(temporary)
     entries = {}
     for part in parts:

@@ -19,8 +19,10 @@ from moesaic.files import human_size
 from moesaic.machine import available_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel
-from moesaic.weights.checkpoint import Contents, write_checkpoint
-from moesaic.weights.families import Family, read_config, write_config
+from moesaic.weights.checkpoint import write_checkpoint
+from moesaic.weights.config_json import read_config, write_config
+from moesaic.weights.contents import Contents
+from moesaic.weights.families import Family
 from moesaic.weights.manifest import read_checked, recorded
 from moesaic.weights.shards import INDEX, SINGLE, Shards, Stored, read_json_file, real_file, shown
 
