@@ -17,7 +17,7 @@ from moesaic.errors import CheckpointError  # noqa: E402
 from moesaic.generate import SampleOptions, stream  # noqa: E402
 from moesaic.lm import LM  # noqa: E402
 from moesaic.train.recipe import load_recipe  # noqa: E402
-from moesaic.weights import config_json  # noqa: E402
+from moesaic.weights import config_json, families  # noqa: E402
 from moesaic.weights.hf import tensors_on_disk  # noqa: E402
 
 LLAMA3 = {
@@ -304,4 +304,4 @@ def test_the_tiny_recipes_leave_as_the_shapes_they_are_named_after(recipe: str, 
     config = load_recipe(recipe).model.model_copy(update={"vocab_size": 300})
     family, table = config_json.write_config(config)
     assert family.architecture == architecture
-    assert families.read_config(table, "config.json")[1].parameters() == config.parameters()
+    assert config_json.read_config(table, "config.json")[1].parameters() == config.parameters()
