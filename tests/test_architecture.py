@@ -26,11 +26,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "offload": {*BASE, "model", "offload"},
     "weights": {*BASE, "model", "offload", "data.tokenizers", "weights"},
     "lm": {*BASE, "model", "data", "generate", "offload", "weights"},
+    "merge": {*BASE, "model", "data", "weights", "merge"},
     "export": {*BASE, "model", "data", "lm", "weights"},
     "analysis": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis"},
     "train": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis", "train"},
     "serve": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis", "serve"},
-    "cli": {*BASE, "model", "data", "generate", "weights", "lm", "export", "analysis", "train", "serve"},
+    "cli": {
+        *BASE,
+        "model",
+        "data",
+        "generate",
+        "weights",
+        "lm",
+        "export",
+        "merge",
+        "analysis",
+        "train",
+        "serve",
+    },
     "": {"analysis", "export", "lm", "machine", "routing", "train"},  # the package itself hands names on
 }
 

@@ -177,6 +177,39 @@ def export(
     out.print(Text(f"{architecture}: {target}"), soft_wrap=True)
 
 
+@app.command(context_settings=OVERRIDES)
+def merge(
+    context: typer.Context,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="A TOML recipe, or a mergekit-moe YAML file.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The dense model that the experts were tuned from.")
+    ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIR, a dense model or a LoRA adapter of the base; two or more times."),
+    ] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: text of that expert's domain, to fit the router to.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fuse fine-tuned dense models into one MoE: moesaic merge OUT --base DIR --expert NAME=DIR … [a.b=c
+    …]."""
+    from moesaic.merge.merge import merge as run_merge
+    from moesaic.merge.merge import plan_merge
+    from moesaic.merge.options import merge_options
+
+    options = merge_options(recipe, base, expert or [], calibration or [], context.args)
+    plan = plan_merge(options) if dry_run else run_merge(options, target, _say, overwrite=overwrite)
+    title = f"{target}: what it would be" if dry_run else f"{target}"
+    _rows(plan.rows(), as_json, title)
+
+
 @recipes_app.callback(invoke_without_command=True)
 def recipes(context: typer.Context) -> None:
     """Without a verb: list."""

@@ -10,15 +10,11 @@ import torch
 
 from moesaic.errors import RecipeError
 from moesaic.lm import LM, load
+from moesaic.weights.carried import carried_files
 from moesaic.weights.gguf import KINDS, write_gguf
 from moesaic.weights.hf import model_type, tokenizer_files, write_hf
-from moesaic.weights.shards import read_json_file, real_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# What a foreign directory may carry besides weights, and an export of it therefore does; all JSON or text.
-_CARRIED = ("special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")
-_MOST_BYTES = 64 * 2**20
 
 
 def export_model(
@@ -55,27 +51,9 @@ def export_model(
             if not parameter.isfinite().all():
                 raise RecipeError(f"--dtype {dtype} cannot hold all of the weights; use bfloat16")
     files = {} if tokenizer is None else tokenizer_files(tokenizer)
-    files |= _carried(lm.path)
+    files |= carried_files(lm.path)
     files["README.md"] = model_card(lm, out.name).encode()
     return write_hf(out, config, lm.model, files, eos, model_type(lm.path)).architecture
-
-
-def _carried(directory: Path) -> dict[str, bytes]:
-    """What a foreign directory has besides weights and tokenizer.json, without what names code to run."""
-    found = {}
-    for name in _CARRIED:
-        if not os.path.lexists(directory / name):
-            continue
-        if name.endswith(".json"):
-            table = read_json_file(directory / name)
-            if isinstance(table, dict):
-                table.pop("auto_map", None)
-            found[name] = (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode()
-        else:
-            file = real_file(directory / name)  # no link brings a file from elsewhere into an export
-            if file.stat().st_size < _MOST_BYTES:
-                found[name] = file.read_bytes()
-    return found
 
 
 def model_card(lm: LM, title: str) -> str:

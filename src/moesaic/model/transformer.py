@@ -64,6 +64,17 @@ class Block(nn.Module):
         real_BT: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Routing | None]:
+        return self.feed(*self.attend(x_BTD, rope, allowed_BTS, real_BT, cache), real_BT)
+
+    def attend(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        allowed_BTS: Tensor | None,
+        real_BT: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream after attention, and what the feed-forward network (a router too) gets of it."""
         before = None if cache is None or cache.before_LPBJD is None else cache.before_LPBJD[self.layer]
         h_BTD = x_BTD if self.input_layernorm is None else self.input_layernorm(x_BTD)
         if self.input_conv is not None:
@@ -76,6 +87,10 @@ class Block(nn.Module):
             x_BTD = h_BTD = x_BTD + self.post_attention_layernorm(h_BTD).to(x_BTD.dtype)
         if self.post_attention_conv is not None:
             h_BTD = self.post_attention_conv(h_BTD, real_BT, None if before is None else before[1])
+        return x_BTD, h_BTD
+
+    def feed(self, x_BTD: Tensor, h_BTD: Tensor, real_BT: Tensor | None) -> tuple[Tensor, Routing | None]:
+        """The stream after the feed-forward network, and the routing of a sparse one."""
         routing = None
         if isinstance(self.mlp, MoE):
             y_TD, routing = self.mlp(h_BTD.flatten(0, 1), None if real_BT is None else real_BT.flatten())

@@ -6,7 +6,8 @@ family may call their module and matrices otherwise (Mixtral), and a tied head i
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel
 from moesaic.weights.checkpoint import write_checkpoint
 from moesaic.weights.config_json import read_config, write_config
-from moesaic.weights.contents import Contents
+from moesaic.weights.contents import Contents, Later
 from moesaic.weights.families import Family
 from moesaic.weights.manifest import read_checked, recorded
 from moesaic.weights.shards import INDEX, SINGLE, Shards, Stored, read_json_file, real_file, shown
@@ -45,14 +46,57 @@ def load_hf(directory: Path, device: str, say: Say) -> tuple[ModelConfig, Langua
     Names, shapes and memory are checked before anything is allocated. ``say`` gets a sentence on what the
     reader should know. Raises CheckpointError naming the file, ResourceError where memory is too small.
     """
+    found = open_hf(directory)
+    for note in found.notes:
+        say(note)
+    config, model = found.config, found.model
+    _check_memory(directory, config.parameters().total * found.dtype.itemsize, found.dtype, device)
+    for name, parts in found.sources.items():
+        parameter = torch.empty(model.get_parameter(name).shape, dtype=found.dtype, device=device)
+        for source, place in parts:
+            parameter[place].copy_(found.read(source))
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(parameter))
+    if config.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return config, model.eval()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A directory whose names and shapes have been checked and of whose weights nothing has been read.
+
+    ``model`` has no storage; ``sources`` are, for each of its parameters, the tensors on disk that make it.
+    """
+
+    family: Family
+    config: ModelConfig
+    notes: list[str]
+    shards: Shards
+    model: LanguageModel
+    sources: dict[str, list[tuple[str, Place]]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest of its tensors."""
+        return _widest([self.shards.tensors[s].dtype for parts in self.sources.values() for s, _ in parts])
+
+    def read(self, source: str) -> Tensor:
+        """One tensor of the files. Raises CheckpointError, also for NaN and infinities."""
+        tensor = self.shards.read(source)
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            raise CheckpointError(f"{self.shards.tensors[source].file}: {source} holds NaN or infinity")
+        return tensor
+
+
+def open_hf(directory: Path) -> Found:
+    """Check a directory before anything of its size is allocated. Raises CheckpointError naming the file."""
     entries = recorded(directory)
     path = directory / "config.json"
     table = read_json_file(path, entries.get("config.json"))
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: is not a table of settings")
     family, config, notes = read_config(table, str(path))
-    for note in notes:
-        say(note)
     total = config.parameters().total
     if total > _MOST_PARAMETERS:
         raise CheckpointError(f"{path}: describes {total:,} parameters, which no such file has")
@@ -62,21 +106,7 @@ def load_hf(directory: Path, device: str, say: Say) -> tuple[ModelConfig, Langua
         raise CheckpointError(f"{path}: describes {total:,} parameters, its files hold {on_disk:,}")
     with torch.device("meta"):
         model = LanguageModel(config)
-    sources = _sources(model, family, shards)
-    dtype = _widest([shards.tensors[name].dtype for parts in sources.values() for name, _ in parts])
-    _check_memory(directory, total * dtype.itemsize, dtype, device)
-    for name, parts in sources.items():
-        parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
-        for source, place in parts:
-            part = shards.read(source)
-            if not torch.stack(part.aminmax()).isfinite().all():
-                raise CheckpointError(f"{shards.tensors[source].file}: {source} holds NaN or infinity")
-            parameter[place].copy_(part)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(parameter))
-    if config.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return config, model.eval()
+    return Found(family, config, notes, shards, model, _sources(model, family, shards))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
@@ -122,27 +152,46 @@ def write_hf(
 
     Raises RecipeError where no stock architecture can express the model, and as ``write_checkpoint``.
     """
-    family, table = write_config(config, prefer)
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    ids: dict[str, Any] = {"eos_token_id": eos[0] if len(eos) == 1 else eos or None}
-    table.update(dtype=dtype, torch_dtype=dtype, bos_token_id=None, pad_token_id=None, **ids)
-    contents = Contents(json={"config.json": table, "generation_config.json": ids}, files=dict(files))
-    shards = _cut(tensors_on_disk(model, family))
-    for number, tensors in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        contents.tensors[name] = tensors
+    family, _ = write_config(config, prefer)
+    tensors = ((name, Later(t.shape, t.dtype, _same(t))) for name, t in tensors_on_disk(model, family))
+    write_tensors(
+        out, config, family, tensors, model.lm_head.weight.dtype, files, {"eos_token_id": _one(eos)}
+    )
+    return family
+
+
+def write_tensors(
+    out: Path,
+    config: ModelConfig,
+    family: Family,
+    tensors: Iterable[tuple[str, Later]],
+    dtype: torch.dtype,
+    files: dict[str, bytes],
+    extra: dict[str, Any],
+) -> None:
+    """``write_hf`` for tensors that are made when they are written, under the family's names. ``extra`` goes
+    into config.json, and its ids of special tokens into generation_config.json. Raises as ``write_hf``."""
+    _, table = write_config(config, family.model_type)
+    ids = {key: extra.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    name = str(dtype).removeprefix("torch.")
+    table.update({**extra, "dtype": name, "torch_dtype": name, **ids})
+    generation = {key: value for key, value in ids.items() if value is not None or key == "eos_token_id"}
+    contents = Contents(json={"config.json": table, "generation_config.json": generation}, files=dict(files))
+    shards = _cut(tensors)
+    for number, part in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        contents.later[file] = part
     if len(shards) > 1:
-        size = sum(t.numel() * t.element_size() for tensors in shards for t in tensors.values())
-        where = {key: name for name, tensors in contents.tensors.items() for key in tensors}
+        where = {key: file for file, part in contents.later.items() for key in part}
+        size = sum(map(_bytes, (later for part in shards for later in part.values())))
         contents.json[INDEX] = {"metadata": {"total_size": size}, "weight_map": where}
     write_checkpoint(out, contents)
-    return family
 
 
 def tensors_on_disk(model: LanguageModel, family: Family) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under the family's name; views of the parameters, which are not copied."""
     for name, parameter in model.named_parameters():
-        for source, place in _parts(name, parameter.shape, family):
+        for source, place in parts_on_disk(name, parameter.shape, family):
             yield source, parameter.detach()[place]
 
 
@@ -161,7 +210,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     }
 
 
-def _parts(name: str, shape: torch.Size, family: Family) -> Iterator[tuple[str, Place]]:
+def parts_on_disk(name: str, shape: torch.Size, family: Family) -> Iterator[tuple[str, Place]]:
     """The names under which a parameter lies on disk, and which part of it each is."""
     gate, up, down = family.experts
     module, _, leaf = name.rpartition(".")
@@ -185,7 +234,7 @@ def _sources(model: LanguageModel, family: Family, shards: Shards) -> dict[str, 
     sources: dict[str, list[tuple[str, Place]]] = {}
     used = {"lm_head.weight"} if model.config.tied else set()
     for name, parameter in model.named_parameters():
-        parts = _parts(name, parameter.shape, family)
+        parts = parts_on_disk(name, parameter.shape, family)
         fused = [name, name.replace(".mlp.", f".{family.mlp}.")]
         whole = next((other for other in fused if other in shards.tensors), None)
         if whole is not None:
@@ -210,16 +259,28 @@ def _sources(model: LanguageModel, family: Family, shards: Shards) -> dict[str, 
     return sources
 
 
-def _cut(tensors: Iterator[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _cut(tensors: Iterable[tuple[str, Later]]) -> list[dict[str, Later]]:
+    shards: list[dict[str, Later]] = [{}]
     size = 0
-    for name, tensor in tensors:
-        size += tensor.numel() * tensor.element_size()
+    for name, later in tensors:
+        size += _bytes(later)
         if size > SHARD_BYTES and shards[-1]:
             shards.append({})
-            size = tensor.numel() * tensor.element_size()
-        shards[-1][name] = tensor
+            size = _bytes(later)
+        shards[-1][name] = later
     return shards
+
+
+def _bytes(later: Later) -> int:
+    return later.shape.numel() * later.dtype.itemsize
+
+
+def _same(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
+
+
+def _one(ids: list[int]) -> int | list[int] | None:
+    return ids[0] if len(ids) == 1 else ids or None
 
 
 def _check_memory(directory: Path, needed: int, dtype: torch.dtype, device: str) -> None:

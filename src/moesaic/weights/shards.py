@@ -48,15 +48,16 @@ class Stored:
 class Shards:
     """All tensors of a directory, their headers checked and no data read yet."""
 
-    def __init__(self, directory: Path, ignore: Iterable[str] = ()) -> None:
-        """``ignore``: endings of tensor names that are passed over. Raises CheckpointError."""
+    def __init__(self, directory: Path, ignore: Iterable[str] = (), file: str = SINGLE) -> None:
+        """``ignore``: endings of tensor names that are passed over; ``file``: the name of the one file where
+        there are no shards. Raises CheckpointError."""
         self.directory = directory
         entries = recorded(directory)
         self._ignore = tuple(ignore)
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, Stored] = {}
-        if os.path.lexists(directory / SINGLE):
-            self._add(SINGLE, entries)
+        if os.path.lexists(directory / file):
+            self._add(file, entries)
         elif os.path.lexists(directory / INDEX):
             promised = self._read_index(entries)
             for name in sorted(set(promised.values())):
@@ -67,7 +68,7 @@ class Shards:
                         f"{directory / name}: has no tensor {shown(tensor)}, which {INDEX} promises"
                     )
         else:
-            raise CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}{_hint(directory)}")
+            raise CheckpointError(f"{directory}: has neither {file} nor {INDEX}{_hint(directory)}")
 
     def read(self, name: str) -> Tensor:
         """One tensor, a private map of its file. Raises CheckpointError."""

@@ -1,0 +1,91 @@
+"""Instruction data: rows of JSON lines as conversations, and as tokens of which only the assistant's are
+learnt.
+
+A row holds ``messages`` (role and content), or ``instruction``, perhaps ``input``, and ``output``, or plain
+``text``, all of which is then learnt. What it belongs to is its ``domain``, or its file's name.
+
+Shape legend: T positions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.data.chat import PLAIN_TEMPLATE, ChatTemplate, Message
+from moesaic.data.readers import read_rows, read_texts, text_of
+from moesaic.data.tokenizers import Tokenizer
+from moesaic.errors import DataError
+
+_ROLES = ("system", "user", "assistant")
+_MOST_LINE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation, or a plain text (``messages`` is then empty), its domain, and where it stands."""
+
+    messages: list[Message]
+    text: str
+    domain: str
+    where: str
+
+
+def read_examples(path: Path, domain: str | None = None) -> Iterator[Example]:
+    """Every example of a file: JSON lines, or one plain text. Raises DataError naming file and line."""
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        for text in read_texts(path, "text", _MOST_LINE):
+            yield Example([], text, domain or path.stem, str(path))
+        return
+    for where, row in read_rows(path, _MOST_LINE):
+        own = row.get("domain")
+        label = domain or (own if isinstance(own, str) and own else path.stem)
+        messages = _messages(row, where)
+        yield Example(messages, "" if messages else text_of(row, "text", where), label, where)
+
+
+def tokens_of(
+    example: Example, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Token ids [T] of an example, and which of them are to be learnt [T]: the assistant's, or all of a plain
+    text. Raises DataError."""
+    if not example.messages:
+        ids = tokenizer.encode(example.text)
+        return ids, np.ones(len(ids), dtype=bool)
+    text, spans = (template or ChatTemplate(PLAIN_TEMPLATE)).spans(example.messages)
+    coded = tokenizer.library.encode(text, add_special_tokens=False)
+    start = np.array([begin for begin, _ in coded.offsets], dtype=np.int64)
+    learnt = np.zeros(len(start), dtype=bool)
+    for begin, end in spans:
+        learnt |= (start >= begin) & (start < end)
+    return np.array(coded.ids, dtype=np.int32), learnt
+
+
+def _messages(row: dict[str, Any], where: str) -> list[Message]:
+    if "messages" in row:
+        given = row["messages"]
+        if not isinstance(given, list) or not given:
+            raise DataError(f"{where}: messages is no list of turns")
+        messages = [_message(message, where) for message in given]
+        if not any(message["role"] == "assistant" for message in messages):
+            raise DataError(f"{where}: has no turn of the assistant, so there is nothing to learn")
+        return messages
+    if "instruction" not in row and "output" not in row:
+        return []
+    instruction, output = text_of(row, "instruction", where), text_of(row, "output", where)
+    if not output.strip():
+        raise DataError(f"{where}: output is empty, so there is nothing to learn; remove the row")
+    more = row.get("input")
+    if more is not None and not isinstance(more, str):
+        raise DataError(f"{where}: field 'input' holds {type(more).__name__}, not a string")
+    asked = f"{instruction}\n\n{more}" if more else instruction
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise DataError(f"{where}: a turn's role is one of {', '.join(_ROLES)}")
+    return {"role": message["role"], "content": text_of(message, "content", where)}

@@ -1,0 +1,1 @@
+"""Fuse fine-tuned dense models into one mixture of experts of a stock architecture."""

@@ -1,0 +1,262 @@
+"""One merge from beginning to end: check, fit the router, write."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.data.chat import load_template
+from moesaic.data.instructions import read_examples, tokens_of
+from moesaic.data.tokenizers import Tokenizer
+from moesaic.errors import DataError, RecipeError, ResourceError
+from moesaic.files import free_bytes, human_size
+from moesaic.machine import available_memory, keep_freed_memory
+from moesaic.merge.donors import Donor, open_donors, widest
+from moesaic.merge.options import MergeOptions, RouterMode
+from moesaic.merge.router_fit import Calibration, fit_router, labelled, prompted, unlabelled
+from moesaic.merge.tensors import Merged, target_of
+from moesaic.model.config import ModelConfig
+from moesaic.weights.carried import carried_files
+from moesaic.weights.families import Family
+from moesaic.weights.hf import write_tensors
+from moesaic.weights.shards import read_json_file, real_file
+
+Say = Callable[[str], None]
+_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # between base and average, of shared = auto
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that has been checked and of which nothing has been read but headers."""
+
+    options: MergeOptions
+    base: Donor
+    experts: list[Donor]
+    family: Family
+    config: ModelConfig
+    dtype: torch.dtype
+    mode: RouterMode
+
+    @property
+    def bytes(self) -> int:
+        """On disk."""
+        return self.config.parameters().total * self.dtype.itemsize
+
+    def notes(self) -> list[str]:
+        """What the reader should know: what was reconciled, and what a merge leaves behind."""
+        notes = [f"{donor.name}: {note}" for donor in (self.base, *self.experts) for note in donor.notes]
+        words = {donor.name: donor.found.config.vocabulary for donor in (self.base, *self.experts)}
+        if len(set(words.values())) > 1:
+            kept = self.config.vocabulary
+            notes.append(
+                f"vocabularies of {', '.join(f'{v:,} ({n})' for n, v in words.items())}: {kept:,} kept"
+            )
+        if self.mode == "random":
+            notes.append("the router is random: it knows nothing of the experts until it is trained")
+        return notes
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What ``--dry-run`` prints."""
+        counts, config, options = self.config.parameters(), self.config, self.options
+        router = config.router.parameters(config.width, config.experts.count) * len(config.moe_layers)
+        names = ", ".join(donor.name for donor in self.experts)
+        return [
+            ("architecture", f"{self.family.architecture}, from {self.base.found.family.architecture}"),
+            ("experts", f"{len(self.experts)}: {names}; {options.top_k} per token"),
+            ("shape", f"{config.layers} layers, width {config.width}, FFN {config.experts.hidden}"),
+            ("vocabulary", f"{config.vocabulary:,}{', tied' if config.tied else ''}"),
+            ("parameters", f"{counts.total:,} in all, {counts.active:,} active, router {router:,}"),
+            ("shared weights", options.shared),
+            ("router", self.mode),
+            ("on disk", f"{human_size(self.bytes)} in {str(self.dtype).removeprefix('torch.')}"),
+            ("memory", f"about {human_size(self.memory())}"),
+            *(("note", note) for note in self.notes()),
+        ]
+
+    def memory(self) -> int:
+        """About how much is held at once: a layer and the hidden states of the text, or a few tensors."""
+        config = self.config
+        largest = config.vocabulary * config.width * 4 * 3
+        if self.mode in ("random", "zero") and self.options.shared != "auto":
+            return largest
+        layer = config.experts.count * config.experts.parameters(config.width) * 8
+        texts = sum(bool(source.calibration) for source in self.options.experts.values()) or 1
+        states = 2 * texts * self.options.router.tokens * config.width * 4
+        dense = self.base.found.config.parameters().total * 4 if self.mode == "ridge-unlabelled" else 0
+        return largest + max(layer + states, dense)
+
+
+def plan_merge(options: MergeOptions) -> Plan:
+    """Check everything and touch nothing. Raises RecipeError, CheckpointError, a line per problem."""
+    mode = options.router_mode()
+    base, experts = open_donors(options)
+    family, config = target_of(base, experts, options)
+    dtype = getattr(torch, options.dtype) if options.dtype else widest([base, *experts])
+    return Plan(options, base, experts, family, config, dtype, mode)
+
+
+def merge(options: MergeOptions, out: Path, say: Say, *, overwrite: bool = False) -> Plan:
+    """Write the merge to ``out``, a directory that stock ``transformers`` opens. ``out`` appears whole or not
+    at all, and one that exists is replaced only with ``overwrite``.
+
+    Raises the errors of ``plan_merge``, DataError for calibration text, ResourceError where disk or memory is
+    too small.
+    """
+    plan = plan_merge(options)
+    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
+        raise RecipeError(f"{out}: exists; choose another name, or say --overwrite to replace it")
+    _check_room(plan, out)
+    keep_freed_memory()
+    for note in plan.notes():
+        say(note)
+    merged = Merged(plan.base, plan.experts, options, plan.family, plan.config)
+    loss = _make_router(plan, merged, say)
+    say(f"writing {human_size(plan.bytes)} to {out}")
+    speaker = merged.owner if merged.owner.tokenizer is not None else plan.base
+    files = carried_files(speaker.directory)
+    if speaker.tokenizer is not None:
+        files["tokenizer.json"] = real_file(speaker.directory / "tokenizer.json").read_bytes()
+    files["README.md"] = _card(plan, out.name, loss).encode()
+    extra = _special_ids(speaker) | {"expert_names": [donor.name for donor in plan.experts]}
+    write_tensors(out, plan.config, plan.family, merged.on_disk(plan.dtype), plan.dtype, files, extra)
+    return plan
+
+
+def _special_ids(donor: Donor) -> dict[str, Any]:
+    """The ids of special tokens, by generation_config.json or config.json."""
+    ids: dict[str, Any] = {}
+    for name in ("generation_config.json", "config.json"):
+        if (donor.directory / name).exists():
+            table = read_json_file(donor.directory / name)
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if ids.get(key) is None and isinstance(table, dict):
+                    ids[key] = table.get(key)
+    return ids
+
+
+def _check_room(plan: Plan, out: Path) -> None:
+    free, needed = available_memory(), plan.memory()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"the merge takes about {human_size(needed)} of memory, {human_size(free)} are free"
+        )
+    parent = next(p for p in (out.absolute().parent, *out.absolute().parents) if p.exists())
+    if (room := free_bytes(parent)) < plan.bytes:
+        raise ResourceError(
+            f"{out}: the merge takes {human_size(plan.bytes)}, {human_size(room)} are free there"
+        )
+
+
+def _make_router(plan: Plan, merged: Merged, say: Say) -> float | None:
+    """Fill ``merged.router_ED``; the loss on the calibration text where one was measured."""
+    options, config = plan.options, plan.config
+    E, D = config.experts.count, config.width
+    if options.shared != "auto" and plan.mode in ("random", "zero"):
+        std = 0.0 if plan.mode == "zero" else options.router.std
+        generator = torch.Generator().manual_seed(options.seed)
+        for layer in range(config.layers):
+            merged.router_ED[layer] = std * torch.randn(E, D, generator=generator)
+        return None
+    tokenizer = merged.owner.tokenizer or plan.base.tokenizer
+    if tokenizer is None:
+        raise RecipeError(
+            f"router.init = {plan.mode}: {plan.base.directory} has no tokenizer.json to read text with"
+        )
+    calibration = _calibration(plan, tokenizer, say)
+    if options.shared != "auto":
+        loss = fit_router(merged, calibration, plan.mode, options.router, say)
+    else:
+        losses = {}
+        for merged.average in _STEPS:
+            losses[merged.average] = fit_router(
+                merged, calibration, plan.mode, options.router, lambda _: None
+            )
+            said = f"{losses[merged.average]:.4f}"
+            say(f"shared: {merged.average:.2f} of the way from base to average: loss {said}")
+        merged.average = min(losses, key=lambda step: losses[step])
+        loss = fit_router(merged, calibration, plan.mode, options.router, say)
+    say(f"loss on the calibration text: {loss:.4f} nats per token")
+    return loss
+
+
+def _calibration(plan: Plan, tokenizer: Tokenizer, say: Say) -> Calibration:
+    sources = plan.options.experts
+    if plan.mode == "prompts":
+        coded = [
+            tuple(
+                [torch.from_numpy(tokenizer.encode(text, special=True)).long() for text in texts if text]
+                for texts in (source.positive, source.negative)
+            )
+            for source in sources.values()
+        ]
+        return prompted(coded)  # type: ignore[arg-type]
+    windows = []
+    for name, source in sources.items():
+        ids = _text_ids(plan, name, [Path(file).expanduser() for file in source.calibration], tokenizer)
+        if len(ids):
+            windows.append(ids)
+    if plan.mode == "ridge":
+        return labelled(windows)
+    return unlabelled(plan.experts, torch.cat(windows), say)
+
+
+def _text_ids(plan: Plan, name: str, files: list[Path], tokenizer: Tokenizer) -> Tensor:
+    """The first ``router.tokens`` tokens of an expert's calibration text, as windows [n, T]."""
+    router, template = plan.options.router, load_template(plan.base.directory)
+    pieces: list[list[int]] = []
+    size = 0
+    for example in chain.from_iterable(read_examples(file) for file in files):
+        ids, _ = tokens_of(example, tokenizer, template)
+        pieces.append(ids.tolist())
+        size += len(ids)
+        if size >= router.tokens:
+            break
+    flat = torch.tensor(list(chain.from_iterable(pieces)), dtype=torch.int64)[: router.tokens]
+    length = min(router.seq_len, len(flat), plan.config.context)
+    if files and length < 2:
+        raise DataError(f"{name}: its calibration text has {len(flat)} tokens; give more")
+    if files and int(flat.max()) >= plan.config.vocabulary:
+        raise DataError(f"{name}: its calibration text has tokens that the model does not")
+    return flat[: len(flat) // length * length].view(-1, length) if files else flat.view(0, router.seq_len)
+
+
+def _card(plan: Plan, title: str, loss: float | None) -> str:
+    """A README.md: what went in, and how. Facts only."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in plan.rows() if name not in ("memory", "note"))
+    sources = "\n".join(f"| {d.name} | `{d.directory.name}` |" for d in (plan.base, *plan.experts))
+    measured = "" if loss is None else f"| loss on the calibration text | {loss:.4f} nats per token |\n"
+    return f"""---
+library_name: transformers
+tags: [mixture-of-experts, merge, moesaic]
+---
+
+# {title}
+
+A mixture of experts merged by moesaic from dense models that were tuned from one base.
+
+| | |
+|---|---|
+{rows}
+{measured}
+| expert | from |
+|---|---|
+{sources}
+
+It opens in stock `transformers`, vLLM and llama.cpp as any {plan.family.architecture} does. It has no licence
+of its own: those of the models it was made from apply.
+"""
+
+
+def expert_names(directory: Path) -> list[str]:
+    """The names that a merge gave its experts, empty where there are none."""
+    try:
+        table: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    names = table.get("expert_names") if isinstance(table, dict) else None
+    return names if isinstance(names, list) and all(isinstance(n, str) for n in names) else []
