@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 import moesaic  # noqa: E402
 from moesaic.config import validate  # noqa: E402
 from moesaic.errors import CheckpointError, MoesaicError, RecipeError  # noqa: E402
-from moesaic.merge.merge import expert_names, merge, plan_merge  # noqa: E402
+from moesaic.merge.merge import merge, plan_merge  # noqa: E402
 from moesaic.merge.options import MergeOptions, merge_options  # noqa: E402
 from moesaic.weights.shards import Shards  # noqa: E402
 
@@ -114,7 +114,7 @@ def test_experts_lie_on_disk_one_by_one_and_the_directory_is_complete(tmp_path: 
         "model.safetensors",
         "tokenizer.json",
     }
-    assert expert_names(out) == ["a", "b"]
+    assert moesaic.load(out).config.experts.names == ["a", "b"]
     config = json.loads((out / "config.json").read_text())
     assert config["eos_token_id"] == 1
     assert moesaic.load(out).generate("the old", 3) is not None

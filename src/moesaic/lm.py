@@ -24,7 +24,7 @@ from moesaic.native import library
 from moesaic.routing import Routing
 from moesaic.weights.checkpoint import newest_valid, read_checkpoint, step_of
 from moesaic.weights.contents import Contents
-from moesaic.weights.hf import is_hf, load_hf, load_tokenizer, stop_ids
+from moesaic.weights.hf import is_hf, load_hf, load_tokenizer, open_hf, stop_ids
 from moesaic.weights.manifest import is_valid
 
 
@@ -164,16 +164,16 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
         return LM(config, model, load_tokenizer(path), path, stop_ids(path))
     path, contents = _find(path)
     try:
-        described = contents.json["moesaic.json"]
+        about = contents.json["moesaic.json"]
         tensors = contents.tensors["model.safetensors"]
         contents.files["tokenizer.json"]
     except KeyError as missing:
         raise CheckpointError(f"{path}: is no moesaic model (no {missing.args[0]})") from None
-    if described.get("format") != 1:
+    if about.get("format") != 1:
         raise CheckpointError(
             f"{path}: is of format {described.get('format')!r}; this version reads format 1"
         )
-    config = validate(ModelConfig, described["model"], where=str(path / "moesaic.json"))
+    config = validate(ModelConfig, about["model"], where=str(path / "moesaic.json"))
     with torch.device("meta"):
         model = LanguageModel(config)
     model.to_empty(device=device)
@@ -185,7 +185,22 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(f"{path}: model.safetensors does not fit moesaic.json: {reason}") from None
-    return LM(config, model.eval(), Tokenizer.load(path / "tokenizer.json"), path)
+    stop = frozenset(about.get("stop_ids", []))
+    return LM(config, model.eval(), Tokenizer.load(path / "tokenizer.json"), path, stop)
+
+
+def described(directory: str | Path) -> tuple[ModelConfig, Path | None]:
+    """What ``load`` would open, without its weights: the model's settings and its tokenizer.json, if any."""
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise RecipeError(f"{path}: no such directory")
+    if is_hf(path):
+        config = open_hf(path).config
+    else:
+        path, contents = _find(path)
+        config = validate(ModelConfig, contents.json["moesaic.json"]["model"], str(path / "moesaic.json"))
+    tokenizer = path / "tokenizer.json"
+    return config, tokenizer if tokenizer.exists() else None
 
 
 def _find(path: Path) -> tuple[Path, Contents]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.analysis.routing import counts_per_layer
-from moesaic.data.store import TokenStore
+from moesaic.data.store import Store
 from moesaic.losses import IGNORE, token_losses
 from moesaic.model.transformer import LanguageModel
 
@@ -48,7 +48,7 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     model: LanguageModel,
-    store: TokenStore,
+    store: Store,
     batch_size: int,
     seq_len: int,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -67,15 +67,14 @@ def evaluate(
             continue
         total, tokens = 0.0, 0
         counts_LE = torch.zeros(len(model.config.moe_layers), model.config.experts.count, dtype=torch.int64)
-        for ids_BT, target_BT in store.validation(batch_size, seq_len, domain):
+        for ids_BT, target_BT, real_BT in store.validation(batch_size, seq_len, domain):
             target_N = target_BT.to(device).flatten()
-            real_BT = target_BT != IGNORE
             with precision():
-                mask_BT = None if bool(real_BT.all()) else real_BT.to(device)
+                mask_BT = None if real_BT is None else real_BT.to(device)
                 output = model(ids_BT.to(device), mask_BT, logits=False)
                 losses_N = token_losses(output.hidden_BTD.flatten(0, 1), model.lm_head, target_N)
             total += losses_N.double().sum().item()
-            tokens += int(real_BT.sum())
+            tokens += int((target_BT != IGNORE).sum())
             if output.routings:
                 counts_LE += counts_per_layer(output.routings).cpu()
         if tokens:

@@ -24,6 +24,11 @@ class PromptRouting:
     tokens: list[str]
     layers: list[int]
     routings: list[Routing]
+    names: list[str] | None = None
+
+    def name(self, expert: int) -> str:
+        """An expert as tables call it."""
+        return self.names[expert] if self.names else f"expert {expert}"
 
     @property
     def num_experts(self) -> int:
@@ -38,7 +43,7 @@ class PromptRouting:
         table.add_column("experts used", justify="right")
         for layer, routing in zip(self.layers, self.routings, strict=True):
             best = dominant_experts(routing, most)
-            cells = [f"expert {b.expert}  {100 * b.confidence:.0f}%" for b in best]
+            cells = [f"{self.name(b.expert)}  {100 * b.confidence:.0f}%" for b in best]
             cells += [""] * (min(most, self.num_experts) - len(cells))
             used = int((routing.counts_E() > 0).sum())
             table.add_row(str(layer), *cells, f"{used} of {routing.num_experts}")
@@ -52,7 +57,10 @@ class PromptRouting:
             table.add_column(f"layer {layer}", justify="right")
         first, weight = self._first()
         for index, token in enumerate(self.tokens):
-            cells = [f"{first[i][index]} ({100 * weight[i][index]:.0f})" for i in range(len(self.layers))]
+            cells = [
+                f"{self.names[first[i][index]] if self.names else first[i][index]} ({100 * w[index]:.0f})"
+                for i, w in enumerate(weight)
+            ]
             table.add_row(Text(token), *cells)  # Text: a token may hold what rich takes for markup
         return table
 
@@ -68,7 +76,8 @@ class PromptRouting:
                 choices.append({"experts": [e for e, _ in kept], "weights": [round(w, 6) for _, w in kept]})
             dominant = [vars(share) for share in dominant_experts(routing)]
             layers.append({"layer": layer, "dominant": dominant, "tokens": choices})
-        return {"tokens": self.tokens, "num_experts": self.num_experts, "layers": layers}
+        names = {} if self.names is None else {"expert_names": self.names}
+        return {"tokens": self.tokens, "num_experts": self.num_experts, **names, "layers": layers}
 
     def draw(self, path: Path) -> None:
         """The heat map of tokens and layers as PNG."""
@@ -90,4 +99,4 @@ def route_prompt(lm: LM, prompt: str) -> PromptRouting:
     """
     ids_BT = lm.ids(prompt)[:, -lm.config.context :]
     tokens = [lm.tokenizer.token_text(token) for token in ids_BT[0].tolist()]
-    return PromptRouting(tokens, lm.config.moe_layers, lm.routing(ids_BT))
+    return PromptRouting(tokens, lm.config.moe_layers, lm.routing(ids_BT), lm.config.experts.names)

@@ -41,7 +41,7 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 class DataOptions(Options):
     """Which text to train on, how it becomes tokens, and how much of it is held out."""
 
-    source: Literal["stdlib", "tiny_shakespeare", "files", "hub"] = "stdlib"
+    source: Literal["stdlib", "tiny_shakespeare", "files", "hub", "instructions"] = "stdlib"
     # A file or a glob (``**`` and ``~`` are understood), several, or domain label -> glob. A file's domain is
     # its name, a glob's the last folder before its first wildcard.
     path: str | list[str] | dict[str, str] | None = None
@@ -56,6 +56,7 @@ class DataOptions(Options):
     tokenizer: str = Field("char", min_length=1)  # char, byte, bpe, or the path of a tokenizer.json
     vocab_size: int = Field(4096, ge=1)  # read when the tokenizer is bpe
     val_fraction: float = Field(0.1, gt=0, lt=1)  # the tail of each domain
+    template: str | None = None  # of instructions: a file or a model directory; default: beside the tokenizer
     cache: str | None = None  # default: $MOESAIC_CACHE, else ~/.cache/moesaic
 
     @model_validator(mode="after")
@@ -197,7 +198,8 @@ def _modules(paths: list[Path], left_out: set[str]) -> Iterator[str]:
             yield text
 
 
-def _files(options: DataOptions) -> Corpus:
+def files_by_domain(options: DataOptions) -> dict[str, list[Path]]:
+    """The files that ``options.path`` names, by domain. Raises DataError for one that is not there."""
     found: dict[str, list[Path]] = {}
     if isinstance(options.path, dict):
         for label, pattern in options.path.items():
@@ -207,6 +209,11 @@ def _files(options: DataOptions) -> Corpus:
         for pattern in patterns:
             paths = found.setdefault(_label(pattern), [])
             paths += [path for path in _matches(pattern) if path not in paths]
+    return found
+
+
+def _files(options: DataOptions) -> Corpus:
+    found = files_by_domain(options)
     texts: dict[str, Texts] = {label: partial(_read_files, paths, options) for label, paths in found.items()}
     every = [path for paths in found.values() for path in paths]
     status = [

@@ -56,12 +56,14 @@ def tokens_of(
         ids = tokenizer.encode(example.text)
         return ids, np.ones(len(ids), dtype=bool)
     text, spans = (template or ChatTemplate(PLAIN_TEMPLATE)).spans(example.messages)
-    coded = tokenizer.library.encode(text, add_special_tokens=False)
-    start = np.array([begin for begin, _ in coded.offsets], dtype=np.int64)
+    try:
+        ids, start = tokenizer.encode_placed(text)
+    except DataError as error:
+        raise DataError(f"{example.where}: {error}") from None
     learnt = np.zeros(len(start), dtype=bool)
     for begin, end in spans:
         learnt |= (start >= begin) & (start < end)
-    return np.array(coded.ids, dtype=np.int32), learnt
+    return ids, learnt
 
 
 def _messages(row: dict[str, Any], where: str) -> list[Message]:

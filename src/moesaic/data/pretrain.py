@@ -25,7 +25,8 @@ from typing import IO, Any
 import numpy as np
 
 from moesaic.data.corpora import Corpus, DataOptions, Document, cache_folder, open_corpus
-from moesaic.data.store import FORMAT, Shard, TokenStore, checksum_of, sha256_of
+from moesaic.data.examples import prepare_examples
+from moesaic.data.store import FORMAT, Shard, Store, TokenStore, checksum_of, sha256_of
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError, ResourceError
 from moesaic.files import sync_directory
@@ -33,13 +34,21 @@ from moesaic.files import sync_directory
 _BATCH_CHARS = 1 << 20
 
 
-def prepare(options: DataOptions, *, progress: Callable[[str], None] | None = None) -> TokenStore:
-    """The tokens of a corpus: opened when they are in the cache intact, made otherwise.
+def prepare(
+    options: DataOptions, *, seq_len: int = 2048, progress: Callable[[str], None] | None = None
+) -> Store:
+    """The tokens of a corpus: opened when they are in the cache intact, made otherwise; or instructions,
+    which are read anew and cut to ``seq_len``.
 
     ``progress`` is given sentences. Two preparations at once do the work twice and agree on one result.
     Raises DataError for a corpus, tokenizer or cache that cannot be used, ResourceError on a full disk.
     """
     say = progress or (lambda sentence: None)
+    if options.source == "instructions":
+        tokenizer, _ = _given_tokenizer(options)
+        if tokenizer is None:
+            raise DataError("data.source=instructions needs a tokenizer: data.tokenizer=FILE, or start=MODEL")
+        return prepare_examples(options, tokenizer, seq_len, say)
     corpus = open_corpus(options)
     given, identity = _given_tokenizer(options)
     decides = [FORMAT, corpus.fingerprint(), identity, options.val_fraction]

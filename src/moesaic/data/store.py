@@ -5,10 +5,10 @@ Shape suffixes: B rows of a batch, T positions of a row, D domains.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,52 @@ class Shard:
     val_bytes: int
 
 
+class Windows(NamedTuple):
+    """Inputs and the token that each should predict, int64 [B, T], on the CPU; a target of -100 is not
+    predicted. ``real_BT`` is False at padding, None where there is none."""
+
+    ids_BT: "Tensor"
+    target_BT: "Tensor"
+    real_BT: "Tensor | None"
+
+
+class Part(Protocol):
+    """What is told of one domain: its name, its tokens that are predicted, those of them for training."""
+
+    @property
+    def domain(self) -> str: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def train_tokens(self) -> int: ...
+
+
+class Store(Protocol):
+    """What a run reads: token ids in domains, some of each held out. TokenStore (text on disk) and
+    ExampleStore (conversations, examples.py) are two."""
+
+    tokenizer: Tokenizer
+    notes: list[str]
+    fingerprint: str
+    train_tokens: int
+
+    @property
+    def domains(self) -> list[str]: ...
+    @property
+    def shards(self) -> Sequence[Part]: ...
+    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
+        """The training batch of a step, which depends on the arguments alone."""
+        ...
+
+    def validation(self, batch_size: int, seq_len: int, domain: str | None = None) -> Iterator[Windows]:
+        """What is held out, in order, each token that is predicted once."""
+        ...
+
+    def bytes_per_token(self, split: Split, domain: str | None = None) -> float:
+        """UTF-8 bytes of text per token that is predicted."""
+        ...
+
+
 class TokenStore:
     """Token ids on disk, split into training and validation, read through memory maps.
 
@@ -71,8 +117,8 @@ class TokenStore:
             self._train.append(ids[: shard.train_tokens])
             self._val.append(ids[shard.train_tokens :])
 
-    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> "tuple[Tensor, Tensor]":
-        """Random windows of the training part: inputs and targets, int64 [B, T], on the CPU.
+    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
+        """Random windows of the training part.
 
         Starts are uniform over every position of every domain with room for T + 1 tokens. The result
         depends on the arguments alone, so a resumed run needs to replay nothing. Raises DataError when
@@ -84,7 +130,7 @@ class TokenStore:
         pairs = zip(domain_B.tolist(), start_B.tolist(), strict=True)
         rows = np.stack([self._train[domain][start : start + seq_len + 1] for domain, start in pairs])
         window_BT1 = torch.from_numpy(rows.astype(np.int64))
-        return window_BT1[:, :-1].contiguous(), window_BT1[:, 1:].contiguous()
+        return Windows(window_BT1[:, :-1].contiguous(), window_BT1[:, 1:].contiguous(), None)
 
     def _draw(
         self, seed: int, step: int, batch_size: int, seq_len: int
@@ -93,9 +139,7 @@ class TokenStore:
         if starts_D is None:
             starts_D = self._starts[seq_len] = self._valid_starts(seq_len)
         end_D = starts_D.cumsum()
-        # Philox is a function of its key, so any step is reached without drawing those before it.
-        key = np.array([seed % 2**64, step % 2**64], np.uint64)
-        position_B = np.random.Generator(np.random.Philox(key=key)).integers(0, end_D[-1], batch_size)
+        position_B = generator_of(seed, step).integers(0, end_D[-1], batch_size)
         domain_B = np.searchsorted(end_D, position_B, side="right")
         return domain_B, position_B - (end_D - starts_D)[domain_B]
 
@@ -111,10 +155,8 @@ class TokenStore:
                 )
         return starts_D
 
-    def validation(
-        self, batch_size: int, seq_len: int, domain: str | None = None
-    ) -> "Iterator[tuple[Tensor, Tensor]]":
-        """The validation part in order: inputs and targets, int64 [at most B, T], on the CPU.
+    def validation(self, batch_size: int, seq_len: int, domain: str | None = None) -> Iterator[Windows]:
+        """The validation part in order, at most ``batch_size`` windows at once.
 
         Windows do not overlap: every token but the first of a domain is a target exactly once. What a
         domain's last window lacks has input 0 and target -100. Raises DataError at once for an unknown
@@ -130,9 +172,7 @@ class TokenStore:
         return self._windows(self._val if domain is None else [parts[domain]], batch_size, seq_len)
 
     @staticmethod
-    def _windows(
-        parts: list[NDArray[Any]], batch_size: int, seq_len: int
-    ) -> "Iterator[tuple[Tensor, Tensor]]":
+    def _windows(parts: list[NDArray[Any]], batch_size: int, seq_len: int) -> Iterator[Windows]:
         import torch
 
         places = [(ids, start) for ids in parts for start in range(0, len(ids) - 1, seq_len)]
@@ -144,7 +184,9 @@ class TokenStore:
                 window = ids[start : start + seq_len + 1]
                 input_BT[row, : len(window) - 1] = window[:-1]
                 target_BT[row, : len(window) - 1] = window[1:]
-            yield torch.from_numpy(input_BT), torch.from_numpy(target_BT)
+            real_BT = target_BT != IGNORED
+            real = None if real_BT.all() else torch.from_numpy(real_BT)
+            yield Windows(torch.from_numpy(input_BT), torch.from_numpy(target_BT), real)
 
     def bytes_per_token(self, split: Split, domain: str | None = None) -> float:
         """UTF-8 bytes of text per token, end-of-document tokens included, in one domain or in all.
@@ -167,6 +209,13 @@ class TokenStore:
             f"domain, but a window of train.seq_len={seq_len} needs {seq_len + 1:,}; make train.seq_len "
             f"smaller, data.val_fraction {mend}, or the corpus longer"
         )
+
+
+def generator_of(seed: int, step: int) -> np.random.Generator:
+    """The randomness of one step. Philox is a function of its key, so any step is reached without drawing
+    those before it."""
+    key = np.array([seed % 2**64, step % 2**64], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -177,6 +177,21 @@ class Tokenizer:
             raise DataError(f"the tokenizer cannot encode this text: {error}") from None
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
+    def encode_placed(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The ids of ``text`` and the character at which each begins, [T] both. Raises as ``encode``."""
+        if self.kind == "char":
+            ids = self._encode_characters(text)
+            return ids, np.arange(len(ids))
+        if self.kind == "byte":
+            sizes = [len(character.encode("utf-8")) for character in text]
+            return self.encode(text), np.repeat(np.arange(len(text)), sizes)
+        try:
+            coded = self.library.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more precise
+            raise DataError(f"the tokenizer cannot encode this text: {error}") from None
+        begins = np.array([begin for begin, _ in coded.offsets], dtype=np.int64)
+        return np.array(coded.ids, dtype=np.int32), begins
+
     def _encode_characters(self, text: str) -> NDArray[np.int32]:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.dtype("<u4"))
         ids: NDArray[np.int32] = self._id_of_code[np.minimum(codes, len(self._id_of_code) - 1)]

@@ -1,6 +1,5 @@
 """One merge from beginning to end: check, fit the router, write."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -122,7 +121,7 @@ def merge(options: MergeOptions, out: Path, say: Say, *, overwrite: bool = False
     if speaker.tokenizer is not None:
         files["tokenizer.json"] = real_file(speaker.directory / "tokenizer.json").read_bytes()
     files["README.md"] = _card(plan, out.name, loss).encode()
-    extra = _special_ids(speaker) | {"expert_names": [donor.name for donor in plan.experts]}
+    extra = _special_ids(speaker)
     write_tensors(out, plan.config, plan.family, merged.on_disk(plan.dtype), plan.dtype, files, extra)
     return plan
 
@@ -250,13 +249,3 @@ A mixture of experts merged by moesaic from dense models that were tuned from on
 It opens in stock `transformers`, vLLM and llama.cpp as any {plan.family.architecture} does. It has no licence
 of its own: those of the models it was made from apply.
 """
-
-
-def expert_names(directory: Path) -> list[str]:
-    """The names that a merge gave its experts, empty where there are none."""
-    try:
-        table: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    names = table.get("expert_names") if isinstance(table, dict) else None
-    return names if isinstance(names, list) and all(isinstance(n, str) for n in names) else []

@@ -60,6 +60,7 @@ def target_of(base: Donor, experts: list[Donor], options: MergeOptions) -> tuple
                 kind=dense.ffn.kind,
                 hidden=dense.ffn.hidden,
                 bias=dense.ffn.bias,
+                names=[donor.name for donor in experts],
                 **shared,
             ),
             "router": TopKOptions(top_k=options.top_k, renormalize=True),

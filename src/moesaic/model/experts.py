@@ -42,14 +42,22 @@ class FFNOptions(Options):
 
 
 class ExpertOptions(FFNOptions):
-    """``count`` networks of one shape, and perhaps one more that every token passes through."""
+    """``count`` networks of one shape, and perhaps one more that every token passes through. ``names`` are
+    for people: what each was before a merge."""
 
     count: int = Field(8, ge=1)
     shared_hidden: int = Field(0, ge=0)
     shared_gate: bool = False
+    names: list[str] | None = None
+
+    def name(self, expert: int) -> str:
+        """What to call an expert."""
+        return self.names[expert] if self.names else f"expert {expert}"
 
     @model_validator(mode="after")
     def _gates_something(self) -> "ExpertOptions":
+        if self.names is not None and len(self.names) != self.count:
+            raise ValueError(f"names: {len(self.names)} names for {self.count} experts")
         if self.shared_gate and not self.shared_hidden:
             raise ValueError("shared_gate = true has no shared expert to gate; set shared_hidden too")
         return self

@@ -208,7 +208,7 @@ def sample_text(session: Session, tokens: int) -> str:
     if prompt is not None:
         ids = torch.tensor([tokenizer.encode(prompt).tolist()], device=session.device)
     else:
-        first, _ = next(iter(session.store.validation(1, 1)))
+        first = next(iter(session.store.validation(1, 1))).ids_BT
         ids = first[:1].to(session.device)
     options = SampleOptions(temperature=0.8, seed=session.recipe.seed)
     with session.precision():

@@ -46,6 +46,11 @@ class Batch:
     target_BT: Tensor
     real_BT: Tensor | None = None
 
+    def rows(self, start: int, end: int) -> "Batch":
+        """Some of its rows."""
+        real_BT = None if self.real_BT is None else self.real_BT[start:end]
+        return Batch(self.ids_BT[start:end], self.target_BT[start:end], real_BT)
+
     def to(self, device: str) -> "Batch":
         real_BT = None if self.real_BT is None else self.real_BT.to(device)
         return Batch(self.ids_BT.to(device), self.target_BT.to(device), real_BT)

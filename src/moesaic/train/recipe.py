@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from moesaic.config import Options, apply_overrides, parse_overrides, read_toml, validate
 from moesaic.data.corpora import DataOptions
 from moesaic.errors import RecipeError
+from moesaic.lm import described
 from moesaic.model.config import ModelConfig
 from moesaic.model.routers import ROUTERS
 from moesaic.train.objectives import LossOptions
@@ -70,6 +71,9 @@ class Recipe(Options):
     about: str = ""
     out: str | None = None
     seed: int = Field(1337, ge=0, lt=2**63)
+    # A model to start from: a run, an export or a Hugging Face directory. Its settings are model's, its
+    # tokenizer is data's, where this recipe does not say otherwise.
+    start: str | None = None
     tracker: Literal["none", "tensorboard", "mlflow"] = "none"
     data: DataOptions = DataOptions()
     model: ModelConfig = ModelConfig()
@@ -136,6 +140,28 @@ def _forget_old_router(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) 
         model["router"] = {key: value for key, value in router.items() if key in known}
 
 
+def _begin_from(table: dict[str, Any]) -> None:
+    """Take what a recipe leaves open from the model that it starts from."""
+    config, tokenizer = described(table["start"])
+    said = table.get("model")
+    known = config.model_dump(mode="json", exclude_none=True)
+    table["model"] = _over(known, said) if isinstance(said, dict) else known
+    data = table.setdefault("data", {})
+    if isinstance(data, dict) and "tokenizer" not in data:
+        if tokenizer is None:
+            raise RecipeError(f"start = {table['start']}: has no tokenizer.json; set data.tokenizer")
+        data["tokenizer"] = str(tokenizer)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` written over ``below``, table by table."""
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
 def load_recipe(name: str, overrides: Sequence[str] = (), *, resume: bool = False) -> Recipe:
     """Read, override and check a recipe. Raises RecipeError, a line per mistake.
 
@@ -149,4 +175,6 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, resume: bool = Fals
     pairs = parse_overrides(overrides)
     _forget_old_router(table, pairs)
     table = apply_overrides(table, pairs)
+    if isinstance(table.get("start"), str) and not resume:
+        _begin_from(table)
     return validate(Recipe, table, where=path.stem if path.parent.name == "recipes" else str(path))

@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from moesaic.data.pretrain import prepare
-from moesaic.data.store import TokenStore
+from moesaic.data.store import Store
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import human_size
+from moesaic.lm import LM, load
 from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel
 from moesaic.train.objectives import Batch, Objective, next_token
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
 from moesaic.train.recipe import Recipe
+from moesaic.weights.carried import carried_files
 from moesaic.weights.checkpoint import read_checkpoint
 from moesaic.weights.contents import Contents
 
@@ -39,12 +41,14 @@ class Session:
     """One run in memory. All randomness is a pure function of (seed, step)."""
 
     recipe: Recipe
-    store: TokenStore
+    store: Store
     model: LanguageModel
     optimizers: list[torch.optim.Optimizer]
     objective: Objective
     device: str
     trainable: list[nn.Parameter]
+    carried: dict[str, bytes] = field(default_factory=dict)  # from the model it started from: chat template …
+    stop_ids: frozenset[int] = frozenset()
 
     @property
     def bf16(self) -> bool:
@@ -61,9 +65,9 @@ class Session:
     def micro_batches(self, step: int) -> list[Batch]:
         """The batch of ``step`` in ``accumulate`` equal parts."""
         options = self.recipe.train
-        ids_BT, target_BT = self.store.batch(self.recipe.seed, step, options.batch_size, options.seq_len)
-        parts = zip(ids_BT.chunk(options.accumulate), target_BT.chunk(options.accumulate), strict=True)
-        return [Batch(ids, target).to(self.device) for ids, target in parts]
+        windows = self.store.batch(self.recipe.seed, step, options.batch_size, options.seq_len)
+        batch, size = Batch(*windows), options.batch_size // options.accumulate
+        return [batch.rows(i, i + size).to(self.device) for i in range(0, options.batch_size, size)]
 
     def eval_batch_size(self) -> int:
         return self.recipe.eval.batch_size or max(1, 16_384 // self.recipe.train.seq_len)
@@ -84,8 +88,18 @@ class Session:
             del tensors["lm_head.weight"]
         return Contents(
             tensors={"model.safetensors": tensors},
-            json={"moesaic.json": {"format": 1, "step": step, "model": config}},
-            files={"tokenizer.json": self.store.tokenizer.library.to_str(pretty=True).encode()},
+            json={
+                "moesaic.json": {
+                    "format": 1,
+                    "step": step,
+                    "model": config,
+                    **({"stop_ids": sorted(self.stop_ids)} if self.stop_ids else {}),
+                }
+            },
+            files={
+                **self.carried,
+                "tokenizer.json": self.store.tokenizer.library.to_str(pretty=True).encode(),
+            },
         )
 
     def restore(self, directory: Path) -> Progress:
@@ -112,7 +126,7 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
     """Prepare the data, then build and seed the model; prints what is frozen through ``say``."""
     keep_freed_memory()
     device = _device(recipe)
-    store = prepare(recipe.data, progress=say)
+    store = prepare(recipe.data, seq_len=recipe.train.seq_len, progress=say)
     # A corpus shorter than the window is refused here, not after the model has been built.
     store.batch(recipe.seed, 1, 1, recipe.train.seq_len)
     next(store.validation(1, recipe.train.seq_len))
@@ -130,6 +144,7 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
     _check_memory(config, recipe, device)
     torch.manual_seed(recipe.seed)
     model = LanguageModel(config).to(device)
+    begun = None if recipe.start is None else _take_weights(model, recipe.start)
     freeze(model, recipe, say)
     return Session(
         recipe=recipe,
@@ -139,7 +154,20 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
         objective=next_token(recipe.loss),
         device=device,
         trainable=[p for p in model.parameters() if p.requires_grad],
+        carried={} if begun is None else carried_files(begun.path),
+        stop_ids=frozenset() if begun is None else begun.stop_ids,
     )
+
+
+def _take_weights(model: LanguageModel, start: str) -> LM:
+    """Begin with the weights of the model in ``start``, in the precision that is trained in."""
+    begun = load(start)
+    try:
+        model.load_state_dict(begun.model.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise RecipeError(f"start = {start}: model.* makes another model of it: {reason}") from None
+    return begun
 
 
 def _check_memory(config: ModelConfig, recipe: Recipe, device: str) -> None:

@@ -47,6 +47,9 @@ def read_config(table: dict[str, Any], where: str) -> tuple[Family, ModelConfig,
             raise CheckpointError(f"{where}: {key} = {table[key]!r} is not supported, only {known!r} is")
     settings.update(read_rope(table, family.defaults["rope_theta"], where))
     settings["pattern"] = _read_pattern(table, family, where)
+    names = table.get("expert_names")  # moesaic's own
+    if isinstance(names, list) and len(names) == settings.get("experts.count"):
+        settings["experts.names"] = [str(name)[:64] for name in names if str(name).isprintable()]
     notes = _limit_window(table, family, settings)
     if "auto_map" in table:
         notes.append(f"{where}: auto_map asks for code of its author, which moesaic never runs")
@@ -77,6 +80,8 @@ def write_config(config: ModelConfig, prefer: str | None = None) -> tuple[Family
     table["head_dim"] = config.attention.head_size(config.width)
     table.update(hidden_act="silu", attention_dropout=0.0, initializer_range=config.init.std, use_cache=True)
     table.update(write_rope(config.attention))
+    if config.moe_layers and config.experts.names:
+        table["expert_names"] = config.experts.names
     if family.sparse:
         table.update(output_router_logits=False, router_aux_loss_coef=0.01)
     if family.by_pattern:

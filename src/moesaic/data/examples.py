@@ -1,0 +1,155 @@
+"""Instruction data in memory: conversations as tokens, padded into batches, a part of each domain held out.
+
+Only what the assistant says is a target. Padding is marked, so that attention, the balance loss and the
+routing statistics leave it out as the loss does.
+
+Shape suffixes: B rows of a batch, T positions of a row.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.data.chat import ChatTemplate, load_template
+from moesaic.data.corpora import DataOptions, files_by_domain
+from moesaic.data.instructions import read_examples, tokens_of
+from moesaic.data.store import IGNORED, Split, Windows, generator_of
+from moesaic.data.tokenizers import Tokenizer
+from moesaic.errors import DataError
+
+Ids = NDArray[np.int32]
+
+
+@dataclass
+class Domain:
+    """The examples of one domain: ids and which are targets. ``tokens`` counts targets, of which
+    ``train_tokens`` are for training."""
+
+    domain: str
+    train: list[tuple[Ids, NDArray[np.bool_]]] = field(default_factory=list)
+    val: list[tuple[Ids, NDArray[np.bool_]]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return self.train_tokens + sum(int(learnt[1:].sum()) for _, learnt in self.val)
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(int(learnt[1:].sum()) for _, learnt in self.train)
+
+
+class ExampleStore:
+    """Examples for the one loop (see ``Store``). A batch draws from all training examples alike; a domain's
+    share of them is its share of batches."""
+
+    def __init__(
+        self, shards: list[Domain], tokenizer: Tokenizer, fingerprint: str, notes: list[str]
+    ) -> None:
+        self.shards, self.tokenizer = shards, tokenizer
+        self.fingerprint, self.notes = fingerprint, notes
+        self.train_tokens = sum(shard.train_tokens for shard in shards)
+        self._train = [example for shard in shards for example in shard.train]
+
+    @property
+    def domains(self) -> list[str]:
+        return [shard.domain for shard in self.shards]
+
+    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
+        """Examples drawn with replacement, each from its beginning, cut to ``seq_len``."""
+        drawn = generator_of(seed, step).integers(0, len(self._train), batch_size)
+        return _padded([self._train[i] for i in drawn], seq_len)
+
+    def validation(self, batch_size: int, seq_len: int, domain: str | None = None) -> Iterator[Windows]:
+        """The held-out examples in order. Raises DataError at once for an unknown domain."""
+        if domain is not None and domain not in self.domains:
+            raise DataError(f"no domain {domain!r}; there are: {', '.join(self.domains)}")
+        held_out = [e for shard in self.shards if domain in (None, shard.domain) for e in shard.val]
+        starts = range(0, len(held_out), batch_size)
+        return (_padded(held_out[start : start + batch_size], seq_len) for start in starts)
+
+    def bytes_per_token(self, split: Split, domain: str | None = None) -> float:
+        """UTF-8 bytes per target."""
+        shards = [shard for shard in self.shards if domain in (None, shard.domain)]
+        examples = [e for shard in shards for e in (shard.train if split == "train" else shard.val)]
+        targets = [ids[1:][learnt[1:]] for ids, learnt in examples]
+        tokens = sum(map(len, targets))
+        if not tokens:
+            raise DataError(f"the {split} part of {domain or 'these examples'} holds no tokens to predict")
+        return sum(self.tokenizer.byte_length(ids) for ids in targets) / tokens
+
+
+def prepare_examples(
+    options: DataOptions, tokenizer: Tokenizer, seq_len: int, say: Callable[[str], None]
+) -> ExampleStore:
+    """Read, render and tokenise every example of ``options.path``, cut to ``seq_len`` tokens and the one
+    after; the last ``val_fraction`` of each domain, in an order made of their text, is held out.
+
+    Raises DataError naming file and line, and for a domain of which nothing is left.
+    """
+    if not options.path:
+        raise DataError("data.path: name the files of instructions, as data.path.coder=coder.jsonl")
+    template = _template(options)
+    domains: dict[str, list[tuple[str, Ids, NDArray[np.bool_]]]] = {}
+    lost = 0
+    for label, paths in files_by_domain(options).items():
+        named = label if isinstance(options.path, dict) else None
+        for path in paths:
+            for example in read_examples(path, named):
+                ids, learnt = tokens_of(example, tokenizer, template)
+                ids, learnt = ids[: seq_len + 1], learnt[: seq_len + 1]
+                if not learnt[1:].any():
+                    lost += 1
+                    continue
+                order = hashlib.sha256(ids.tobytes()).hexdigest()
+                domains.setdefault(example.domain, []).append((order, ids, learnt))
+            if not domains.get(named or path.stem) and named:
+                raise DataError(
+                    f"{path}: nothing is left to learn of {named} in train.seq_len = {seq_len} tokens"
+                )
+    if not domains:
+        raise DataError(f"data.path: no example has anything to learn in train.seq_len = {seq_len} tokens")
+    shards, digest = [], hashlib.sha256(tokenizer.fingerprint.encode())
+    for label, examples in domains.items():
+        examples = sorted(examples, key=lambda example: example[0])[: options.max_documents]
+        held_out = max(1, round(options.val_fraction * len(examples)))
+        if held_out >= len(examples):
+            raise DataError(f"domain {label} has {len(examples)} example: too few to hold one out; give more")
+        kept = [(ids, learnt) for _, ids, learnt in examples]
+        shards.append(Domain(label, kept[:-held_out], kept[-held_out:]))
+        digest.update("".join([label, *(order for order, _, _ in examples)]).encode())
+        say(f"{label}: {len(examples):,} examples, {held_out:,} held out, {shards[-1].tokens:,} targets")
+    notes = [f"{lost:,} examples have nothing to learn in {seq_len} tokens; left out"] if lost else []
+    digest.update(f"{options.val_fraction} {seq_len}".encode())
+    return ExampleStore(shards, tokenizer, digest.hexdigest(), notes)
+
+
+def _template(options: DataOptions) -> ChatTemplate | None:
+    if options.template is None:
+        where = Path(options.tokenizer).expanduser().parent
+        return load_template(where) if options.tokenizer.endswith(".json") else None
+    path = Path(options.template).expanduser()
+    if path.is_dir():
+        return load_template(path)
+    try:
+        return ChatTemplate(path.read_text(encoding="utf-8"), {"bos_token": "", "eos_token": ""}, str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.template={path}: cannot be read: {error}") from None
+
+
+def _padded(examples: list[tuple[Ids, NDArray[np.bool_]]], seq_len: int) -> Windows:
+    import torch
+
+    longest = min(seq_len, max(len(ids) for ids, _ in examples) - 1)
+    ids_BT = np.zeros((len(examples), longest), np.int64)
+    target_BT = np.full((len(examples), longest), IGNORED, np.int64)
+    real_BT = np.zeros((len(examples), longest), np.bool_)
+    for row, (ids, learnt) in enumerate(examples):
+        size = min(longest, len(ids) - 1)
+        ids_BT[row, :size] = ids[:size]
+        target_BT[row, :size] = np.where(learnt[1 : size + 1], ids[1 : size + 1], IGNORED)
+        real_BT[row, :size] = True
+    return Windows(torch.from_numpy(ids_BT), torch.from_numpy(target_BT), torch.from_numpy(real_BT))

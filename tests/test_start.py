@@ -1,0 +1,138 @@
+"""Runs that start from a model: an expert from a base, a router from a merge, and what goes along."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from dense_donors import chat_template, dense
+
+transformers = pytest.importorskip("transformers")
+
+import moesaic  # noqa: E402
+from moesaic.errors import DataError, RecipeError  # noqa: E402
+from moesaic.merge.merge import merge  # noqa: E402
+from moesaic.merge.options import merge_options  # noqa: E402
+from moesaic.train.loop import run  # noqa: E402
+
+FEW = ["train.steps=6", "train.batch_size=4", "train.seq_len=48", "train.precision=fp32", "eval.every=6"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def roles(root: Path) -> dict[str, Path]:
+    files = {}
+    for name, words in (("mill", "the old mill turns"), ("sums", "1, 2, 3.")):
+        rows = [{"instruction": words[: 3 + n % 5], "output": words * (1 + n % 2)} for n in range(12)]
+        files[name] = root / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
+    """Two experts trained from one base, and the merge of them."""
+    base, files = dense(tmp_path / "base"), roles(tmp_path)
+    chat_template(base, TEMPLATE)
+    words = []
+    for name, file in files.items():
+        where = str(tmp_path / f"run-{name}")
+        run("expert", [f"start={base}", f"data.path={file}", f"out={where}", *FEW])
+        moesaic.export_model(where, tmp_path / name)
+        words.append(f"{name}={tmp_path / name}")
+    calibration = [f"{name}={file}" for name, file in files.items()]
+    options = merge_options(None, str(base), words, calibration, ["router.seq_len=32"])
+    merge(options, tmp_path / "moe", lambda _: None)
+    return tmp_path / "moe", files
+
+
+def test_an_expert_differs_from_its_base_in_its_networks_alone(
+    merged: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    base, expert = moesaic.load(tmp_path / "base"), moesaic.load(tmp_path / "mill")
+    assert (tmp_path / "mill" / "tokenizer_config.json").exists()
+    assert expert.stop_ids == base.stop_ids == {1}
+    for (name, before), (_, after) in zip(
+        base.model.named_parameters(), expert.model.named_parameters(), strict=True
+    ):
+        learns = ".mlp." in name or "post_attention" in name
+        assert torch.equal(before, after) != learns, name
+
+
+def test_a_router_is_trained_and_nothing_else(merged: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    moe, files = merged
+    paths = [f"data.path.{name}={file}" for name, file in files.items()]
+    out = run("router", [f"start={moe}", *paths, f"out={tmp_path / 'router'}", *FEW])
+    before, after = moesaic.load(moe), moesaic.load(out)
+    assert after.config.experts.names == ["mill", "sums"]
+    for (name, old), (_, new) in zip(
+        before.model.named_parameters(), after.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(old, new) != name.endswith("mlp.gate.weight"), name
+    again = run("shared", [f"start={out}", *paths, f"out={tmp_path / 'shared'}", *FEW])
+    moesaic.export_model(again, tmp_path / "final")
+    final = moesaic.load(tmp_path / "final")
+    assert torch.equal(
+        final.model.moe_modules()[0].experts.down_proj, before.model.moe_modules()[0].experts.down_proj
+    )
+    assert final.config.experts.names == ["mill", "sums"]
+    assert json.loads((tmp_path / "final" / "tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)
+    ids = final.ids("the old mill")
+    torch.testing.assert_close(stock(ids).logits, final.logits(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_neither_loss_nor_gradient(merged: tuple[Path, dict[str, Path]]) -> None:
+    """The language-model loss, the balance loss and their gradients of a batch, padded further or not."""
+    from moesaic.train.objectives import Batch, LossOptions, next_token
+
+    lm = moesaic.load(merged[0])
+    objective = next_token(LossOptions(balance=0.5, z=0.1))
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(20, (2, 9), generator=generator)
+    target_BT = torch.randint(20, (2, 9), generator=generator)
+    real_BT = torch.ones(2, 9, dtype=torch.bool)
+    real_BT[0, 6:] = False
+    target_BT[0, 6:] = -100
+    results = []
+    for more in (0, 7):
+        lm.model.zero_grad()
+        pad = torch.nn.functional.pad
+        batch = Batch(pad(ids_BT, (0, more)), pad(target_BT, (0, more), value=-100), pad(real_BT, (0, more)))
+        loss = objective(lm.model, batch)
+        loss.total.backward()
+        gradients = [p.grad.clone() for p in lm.model.parameters() if p.grad is not None]
+        results.append([loss.total.detach(), loss.parts["balance"], *gradients])
+    for near, far in zip(*results, strict=True):
+        torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_starts_from_a_model_resumes(merged: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    moe, files = merged
+    words = [f"start={moe}", f"data.path={files['mill']}", *FEW, "checkpoint.every=3"]
+    whole = run("router", [*words, f"out={tmp_path / 'whole'}"])
+    run("router", [*words, f"out={tmp_path / 'half'}", "train.steps=3"])
+    half = run(str(tmp_path / "half"), ["train.steps=6"], resume=True)
+    for (_, a), (_, b) in zip(
+        moesaic.load(whole).model.named_parameters(), moesaic.load(half).model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.01)  # the schedules end elsewhere
+
+
+def test_what_a_start_cannot_be_is_named(tmp_path: Path) -> None:
+    base = dense(tmp_path / "base")
+    file = roles(tmp_path)["mill"]
+    with pytest.raises(DataError, match="mill.jsonl:1: character '<'"):
+        run("expert", [f"start={base}", f"data.path={file}", f"out={tmp_path / 'x'}"])
+    chat_template(base, TEMPLATE)
+    with pytest.raises(RecipeError, match="no such directory"):
+        run("expert", [f"start={tmp_path / 'none'}", f"data.path={file}"])
+    with pytest.raises(RecipeError, match="makes another model of it"):
+        run("expert", [f"start={base}", f"data.path={file}", "model.layers=4", f"out={tmp_path / 'x'}"])
+    with pytest.raises(DataError, match="name the files of instructions"):
+        run("expert", [f"start={base}", f"out={tmp_path / 'x'}"])
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match=r"has no tokenizer\.json"):
+        run("expert", [f"start={base}", f"data.path={file}"])
