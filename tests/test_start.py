@@ -124,7 +124,7 @@ def test_a_run_that_starts_from_a_model_resumes(merged: tuple[Path, dict[str, Pa
 def test_what_a_start_cannot_be_is_named(tmp_path: Path) -> None:
     base = dense(tmp_path / "base")
     file = roles(tmp_path)["mill"]
-    with pytest.raises(DataError, match="mill.jsonl:1: character '<'"):
+    with pytest.raises(DataError, match=r"mill\.jsonl:1: character '<'"):
         run("expert", [f"start={base}", f"data.path={file}", f"out={tmp_path / 'x'}"])
     chat_template(base, TEMPLATE)
     with pytest.raises(RecipeError, match="no such directory"):

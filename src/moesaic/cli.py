@@ -177,6 +177,32 @@ def export(
     out.print(Text(f"{architecture}: {target}"), soft_wrap=True)
 
 
+@app.command()
+def chat(
+    model: ModelDir,
+    system: Annotated[str | None, typer.Option(help="What the model is told about itself.")] = None,
+    experts: Annotated[bool, typer.Option("--experts", help="Show which expert said what.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="Repeat the same draws.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    weights: Annotated[str | None, typer.Option(help="stored, packed or int8, as for generate.")] = None,
+) -> None:
+    """Talk with a model; /help lists what can be asked besides. Reads lines in a pipe."""
+    from moesaic.chat import Chat, run_chat
+    from moesaic.lm import load
+
+    lm = load(model, device)
+    if experts and not lm.config.moe_layers:
+        raise RecipeError(f"{model}: is a dense model; it has no experts to show")
+    lm.lay_out(weights)
+    talk = Chat(lm, max_new_tokens, temperature, top_p, seed, show_experts=experts)
+    if system:
+        talk.command(f"/system {system}", lambda _: None)
+    run_chat(talk, out)
+
+
 @app.command(context_settings=OVERRIDES)
 def merge(
     context: typer.Context,

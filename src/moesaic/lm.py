@@ -170,9 +170,7 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
     except KeyError as missing:
         raise CheckpointError(f"{path}: is no moesaic model (no {missing.args[0]})") from None
     if about.get("format") != 1:
-        raise CheckpointError(
-            f"{path}: is of format {described.get('format')!r}; this version reads format 1"
-        )
+        raise CheckpointError(f"{path}: is of format {about.get('format')!r}; this version reads format 1")
     config = validate(ModelConfig, about["model"], where=str(path / "moesaic.json"))
     with torch.device("meta"):
         model = LanguageModel(config)

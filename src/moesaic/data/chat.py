@@ -4,6 +4,7 @@ A template comes with a model and is a program of its author. It runs in jinja2'
 Python's insides, and here also under a limit of work and of output: it may loop, or write without end.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -43,22 +44,12 @@ class ChatTemplate:
         Raises DataError for a template that fails, refuses the conversation, or passes a limit.
         """
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-
-        def refuse(reason: str) -> None:
-            raise jinja2.TemplateError(reason)
-
-        environment.globals.update(raise_exception=refuse)
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
         names = {"messages": list(messages), "add_generation_prompt": answer, **self.tokens}
         pieces, size, watch = [], 0, _Watch()
         before = sys.gettrace()
         try:
-            template = environment.from_string(self.source)
+            template = _compiled(self.source)
             sys.settrace(watch)
             for piece in template.generate(names):
                 pieces.append(piece)
@@ -121,6 +112,23 @@ def load_template(directory: Path) -> ChatTemplate | None:
         if isinstance(token, str):
             tokens[name] = token
     return ChatTemplate(source, {"bos_token": "", "eos_token": "", **tokens}, where)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def refuse(reason: str) -> None:
+        raise jinja2.TemplateError(reason)
+
+    environment.globals.update(raise_exception=refuse)
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    return environment.from_string(source)
 
 
 class _TooLong(Exception):

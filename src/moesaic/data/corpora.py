@@ -57,6 +57,10 @@ class DataOptions(Options):
     vocab_size: int = Field(4096, ge=1)  # read when the tokenizer is bpe
     val_fraction: float = Field(0.1, gt=0, lt=1)  # the tail of each domain
     template: str | None = None  # of instructions: a file or a model directory; default: beside the tokenizer
+    join: float = Field(
+        0.0, ge=0, le=1
+    )  # of instructions: how many training rows are two examples, one after
+    # the other, so that a model sees a change of domain in one text
     cache: str | None = None  # default: $MOESAIC_CACHE, else ~/.cache/moesaic
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError
 
 Ids = NDArray[np.int32]
+Coded = tuple[Ids, NDArray[np.bool_]]  # and which of them are to be learnt
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Domain:
     ``train_tokens`` are for training."""
 
     domain: str
-    train: list[tuple[Ids, NDArray[np.bool_]]] = field(default_factory=list)
-    val: list[tuple[Ids, NDArray[np.bool_]]] = field(default_factory=list)
+    train: list[Coded] = field(default_factory=list)
+    val: list[Coded] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -47,9 +48,14 @@ class ExampleStore:
     share of them is its share of batches."""
 
     def __init__(
-        self, shards: list[Domain], tokenizer: Tokenizer, fingerprint: str, notes: list[str]
+        self,
+        shards: list[Domain],
+        tokenizer: Tokenizer,
+        fingerprint: str,
+        notes: list[str],
+        join: float = 0.0,
     ) -> None:
-        self.shards, self.tokenizer = shards, tokenizer
+        self.shards, self.tokenizer, self.join = shards, tokenizer, join
         self.fingerprint, self.notes = fingerprint, notes
         self.train_tokens = sum(shard.train_tokens for shard in shards)
         self._train = [example for shard in shards for example in shard.train]
@@ -59,9 +65,16 @@ class ExampleStore:
         return [shard.domain for shard in self.shards]
 
     def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
-        """Examples drawn with replacement, each from its beginning, cut to ``seq_len``."""
-        drawn = generator_of(seed, step).integers(0, len(self._train), batch_size)
-        return _padded([self._train[i] for i in drawn], seq_len)
+        """Examples drawn with replacement, each from its beginning, cut to ``seq_len``; some rows are half of
+        one and then half of another (``data.join``)."""
+        generator = generator_of(seed, step)
+        drawn = generator.integers(0, len(self._train), (batch_size, 2))
+        joined = generator.random(batch_size) < self.join
+        rows = [
+            join_examples(self._train[a], self._train[b], seq_len) if both else self._train[a]
+            for (a, b), both in zip(drawn, joined, strict=True)
+        ]
+        return padded(rows, seq_len)
 
     def validation(self, batch_size: int, seq_len: int, domain: str | None = None) -> Iterator[Windows]:
         """The held-out examples in order. Raises DataError at once for an unknown domain."""
@@ -69,7 +82,7 @@ class ExampleStore:
             raise DataError(f"no domain {domain!r}; there are: {', '.join(self.domains)}")
         held_out = [e for shard in self.shards if domain in (None, shard.domain) for e in shard.val]
         starts = range(0, len(held_out), batch_size)
-        return (_padded(held_out[start : start + batch_size], seq_len) for start in starts)
+        return (padded(held_out[start : start + batch_size], seq_len) for start in starts)
 
     def bytes_per_token(self, split: Split, domain: str | None = None) -> float:
         """UTF-8 bytes per target."""
@@ -124,7 +137,16 @@ def prepare_examples(
         say(f"{label}: {len(examples):,} examples, {held_out:,} held out, {shards[-1].tokens:,} targets")
     notes = [f"{lost:,} examples have nothing to learn in {seq_len} tokens; left out"] if lost else []
     digest.update(f"{options.val_fraction} {seq_len}".encode())
-    return ExampleStore(shards, tokenizer, digest.hexdigest(), notes)
+    return ExampleStore(shards, tokenizer, digest.hexdigest(), notes, options.join)
+
+
+def join_examples(first: Coded, second: Coded, seq_len: int) -> Coded:
+    """Two examples one after the other, each cut to half of ``seq_len``."""
+    half = max(1, seq_len // 2)
+    return (
+        np.concatenate([first[0][:half], second[0][:half]]),
+        np.concatenate([first[1][:half], second[1][:half]]),
+    )
 
 
 def _template(options: DataOptions) -> ChatTemplate | None:
@@ -140,7 +162,8 @@ def _template(options: DataOptions) -> ChatTemplate | None:
         raise DataError(f"data.template={path}: cannot be read: {error}") from None
 
 
-def _padded(examples: list[tuple[Ids, NDArray[np.bool_]]], seq_len: int) -> Windows:
+def padded(examples: list[Coded], seq_len: int) -> Windows:
+    """Examples as one batch, padded on the right to the longest of them, at most ``seq_len``."""
     import torch
 
     longest = min(seq_len, max(len(ids) for ids, _ in examples) - 1)

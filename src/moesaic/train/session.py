@@ -21,7 +21,7 @@ from moesaic.model.transformer import LanguageModel
 from moesaic.train.objectives import Batch, Objective, next_token
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
 from moesaic.train.recipe import Recipe
-from moesaic.weights.carried import carried_files
+from moesaic.weights.carried import TEMPLATE, carried_files
 from moesaic.weights.checkpoint import read_checkpoint
 from moesaic.weights.contents import Contents
 
@@ -154,9 +154,18 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
         objective=next_token(recipe.loss),
         device=device,
         trainable=[p for p in model.parameters() if p.requires_grad],
-        carried={} if begun is None else carried_files(begun.path),
+        carried=_carried(recipe, begun),
         stop_ids=frozenset() if begun is None else begun.stop_ids,
     )
+
+
+def _carried(recipe: Recipe, begun: LM | None) -> dict[str, bytes]:
+    """What belongs to a model besides weights and tokenizer: its chat template above all."""
+    files = {} if begun is None else carried_files(begun.path)
+    template = None if recipe.data.template is None else Path(recipe.data.template).expanduser()
+    if template is not None:
+        files |= carried_files(template) if template.is_dir() else {TEMPLATE: template.read_bytes()}
+    return files
 
 
 def _take_weights(model: LanguageModel, start: str) -> LM:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moesaic.weights.shards import read_json_file, real_file
 
-_CARRIED = ("special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")
+TEMPLATE = "chat_template.jinja"
+_CARRIED = ("special_tokens_map.json", "tokenizer_config.json", TEMPLATE)
 _MOST_BYTES = 64 * 2**20
 
 

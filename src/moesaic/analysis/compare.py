@@ -1,0 +1,177 @@
+"""Several models on the same held-out documents, with paired intervals, and what to conclude.
+
+A document's loss is the mean over the tokens that are to be predicted; a domain's is the mean over its
+tokens; the total is the mean over the domains, so that a large one does not drown the others. Intervals are
+of the paired bootstrap (Efron 1979): documents are drawn anew, the same for both models.
+
+Shape legend: N documents, C domains.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+
+from moesaic.data.examples import Coded, ExampleStore, join_examples, padded
+from moesaic.losses import token_losses
+from moesaic.model.transformer import LanguageModel
+
+_DRAWS = 2000
+_BATCH = 32
+
+Losses = tuple[NDArray[np.float64], NDArray[np.float64]]  # of each document: summed loss, tokens
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Held-out documents: the coded texts, and the domain of each as a number [N]."""
+
+    domains: list[str]
+    coded: list[Coded]
+    domain_N: NDArray[np.int64]
+
+
+def held_out(store: ExampleStore) -> Documents:
+    """What a store holds out, domain after domain."""
+    coded = [example for shard in store.shards for example in shard.val]
+    domain_N = [c for c, shard in enumerate(store.shards) for _ in shard.val]
+    return Documents(store.domains, coded, np.array(domain_N, np.int64))
+
+
+def switching(store: ExampleStore, seq_len: int, seed: int = 0, most: int = 256) -> Documents:
+    """Documents that are half of one held-out text and half of one of another domain."""
+    documents, generator = held_out(store), np.random.default_rng(seed)
+    rows: list[Coded] = []
+    while len(rows) < most:
+        a, b = generator.integers(0, len(documents.coded), 2)
+        if documents.domain_N[a] != documents.domain_N[b]:
+            rows.append(join_examples(documents.coded[a], documents.coded[b], seq_len))
+    return Documents(["switch"], rows, np.zeros(len(rows), np.int64))
+
+
+@torch.inference_mode()
+def losses_of(model: LanguageModel, documents: Documents, seq_len: int) -> Losses:
+    """Each document's summed loss in nats and its number of predicted tokens, [N] both."""
+    model.eval()
+    sums, counts = [], []
+    order = sorted(range(len(documents.coded)), key=lambda n: len(documents.coded[n][0]))
+    for start in range(0, len(order), _BATCH):
+        part = [documents.coded[n] for n in order[start : start + _BATCH]]
+        ids_BT, target_BT, real_BT = padded(part, seq_len)
+        hidden_BTD = model(ids_BT, real_BT, logits=False).hidden_BTD
+        loss_BT = token_losses(hidden_BTD.flatten(0, 1), model.lm_head, target_BT.flatten()).view_as(
+            target_BT
+        )
+        sums.append(loss_BT.double().sum(1))
+        counts.append((target_BT >= 0).double().sum(1))
+    back = np.argsort(order)
+    return torch.cat(sums).numpy()[back], torch.cat(counts).numpy()[back]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: loss by domain [C], their mean, and its difference from the reference with a 95 %
+    interval."""
+
+    name: str
+    loss_C: NDArray[np.float64]
+    loss: float
+    difference: tuple[float, float, float]
+
+
+class Comparison:
+    """Losses of models on the same documents, all compared with a reference."""
+
+    def __init__(
+        self, documents: Documents, reference: str, losses: dict[str, Losses], seed: int = 0
+    ) -> None:
+        self.documents, self.reference, self.losses = documents, reference, losses
+        generator = np.random.default_rng(seed)
+        members = [np.flatnonzero(documents.domain_N == c) for c in range(len(documents.domains))]
+        self._draws = [generator.choice(m, (_DRAWS, len(m))) for m in members]
+        self._members = members
+
+    def rows(self) -> list[Row]:
+        """A row for every model, in the order in which they were given."""
+        rows = []
+        for name in self.losses:
+            loss_C = np.array([self._mean(name, m) for m in self._members])
+            rows.append(Row(name, loss_C, float(loss_C.mean()), self.difference(name, self.reference)))
+        return rows
+
+    def difference(self, name: str, other: str) -> tuple[float, float, float]:
+        """The loss of ``name`` less that of ``other``, and the interval that holds 95 % of the draws."""
+        exact = float(np.mean([self._mean(name, m) - self._mean(other, m) for m in self._members]))
+        drawn = np.mean(
+            [self._drawn(name, draws) - self._drawn(other, draws) for draws in self._draws], axis=0
+        )
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return exact, float(low), float(high)
+
+    def _mean(self, name: str, members: NDArray[np.int64]) -> float:
+        sums, counts = self.losses[name]
+        return float(sums[members].sum() / counts[members].sum())
+
+    def _drawn(self, name: str, draws: NDArray[np.int64]) -> NDArray[np.float64]:
+        sums, counts = self.losses[name]
+        drawn: NDArray[np.float64] = sums[draws].sum(1) / counts[draws].sum(1)
+        return drawn
+
+    def table(self) -> Table:
+        """For people: losses by domain, the mean, and the difference from the reference."""
+        table = Table(title="held-out loss, nats per token", title_justify="left", title_style="bold")
+        table.add_column("model")
+        for domain in self.documents.domains:
+            table.add_column(domain, justify="right")
+        table.add_column("mean", justify="right")
+        table.add_column(f"less {self.reference} (95 %)", justify="right")
+        for row in self.rows():
+            low, high = row.difference[1:]
+            difference = (
+                "" if row.name == self.reference else f"{row.difference[0]:+.3f} ({low:+.3f}, {high:+.3f})"
+            )
+            table.add_row(row.name, *(f"{x:.3f}" for x in row.loss_C), f"{row.loss:.3f}", difference)
+        return table
+
+
+def oracle(documents: Documents, losses: dict[str, Losses], expert_of: dict[str, str]) -> Losses:
+    """Each document by the dense expert of its own domain: what no router can know better."""
+    sums = np.empty(len(documents.coded))
+    counts = np.empty(len(documents.coded))
+    for c, domain in enumerate(documents.domains):
+        members = documents.domain_N == c
+        its = losses[expert_of[domain]]
+        sums[members], counts[members] = its[0][members], its[1][members]
+    return sums, counts
+
+
+def verdict(
+    comparison: Comparison, ours: str, against: Sequence[str], oracle_name: str | None = None
+) -> list[str]:
+    """What the numbers say of ``ours``, in words, also when it is bad news."""
+    sentences = []
+    worse = []
+    for other in against:
+        _, low, high = comparison.difference(ours, other)
+        if high >= 0:
+            worse.append(f"{other} ({'worse' if low > 0 else 'no clear difference'})")
+    if worse:
+        sentences.append(f"{ours} is NOT clearly better than {', '.join(worse)}.")
+    else:
+        sentences.append(f"{ours} is better than {', '.join(against)}, each interval clear of zero.")
+    if oracle_name is not None:
+        closed = gap_closed(comparison, ours, oracle_name)
+        sentences.append(
+            f"It closes {100 * closed:.0f} % of the gap from {comparison.reference} to {oracle_name}."
+        )
+    return sentences
+
+
+def gap_closed(comparison: Comparison, ours: str, oracle_name: str) -> float:
+    """(reference - ours) / (reference - oracle)."""
+    loss: Callable[[str], float] = lambda name: next(r.loss for r in comparison.rows() if r.name == name)  # noqa: E731
+    reference = loss(comparison.reference)
+    return (reference - loss(ours)) / (reference - loss(oracle_name))
