@@ -1,6 +1,6 @@
 """Eight roles merged, against everything else that could be made of them, on held-out data.
 
-    python benchmarks/merge_roles.py ../shared/data/experts --seeds 1 2 3 --out /tmp/merge-roles
+    python benchmarks/merge_roles.py ../shared/data/experts --seeds 1 2 3
 
 A small base of Llama's shape is trained on all roles, an expert of each role from it, tuned in everything or
 (with --networks-only) in its feed-forward networks alone. Printed for each seed: loss by role, the mean, its
@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path, help="a folder with one JSONL file for each role")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--out", type=Path, default=Path("/tmp/merge-roles"))
+    parser.add_argument("--out", type=Path, default=Path("runs/merge-roles"))
     parser.add_argument("--networks-only", action="store_true")
     args = parser.parse_args()
     print(header(), flush=True)

@@ -27,12 +27,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {*BASE, "model", "offload", "data.tokenizers", "weights"},
     "lm": {*BASE, "model", "data", "generate", "offload", "weights"},
     "merge": {*BASE, "model", "data", "weights", "merge"},
+    "terminal": {"errors", "train"},  # the type of a report
     "chat": {*BASE, "data", "lm"},
     "export": {*BASE, "model", "data", "lm", "weights"},
     "analysis": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis"},
     "train": {
         *BASE,
         "chat",
+        "terminal",
         "model",
         "data",
         "generate",
@@ -48,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         *BASE,
         "chat",
+        "terminal",
         "model",
         "data",
         "generate",

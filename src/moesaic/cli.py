@@ -1,21 +1,17 @@
 """The command line: one binary with verbs. Everything heavy is imported inside the verb."""
 
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from moesaic.errors import DataError, MoesaicError, RecipeError, ResourceError
+from moesaic.errors import MoesaicError, RecipeError, ResourceError
+from moesaic.terminal import err, flat, out, print_report, print_rows, program, prompt_text, say, write
 
 if TYPE_CHECKING:
-    from moesaic.train.measure import Report
     from moesaic.train.recipe import Recipe
 
 app = typer.Typer(
@@ -44,9 +40,6 @@ Prompt = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
-out = Console()
-err = Console(stderr=True)
-
 
 @app.command(context_settings=OVERRIDES)
 def train(
@@ -65,8 +58,8 @@ def train(
     if dry_run:
         from moesaic.train import measure
 
-        report = measure.dry_run(chosen, _say, resume=resume)
-        _report(report, as_json, title=f"{chosen.name}: what it would take")
+        report = measure.dry_run(chosen, say, resume=resume)
+        print_report(report, as_json, title=f"{chosen.name}: what it would take")
         return
     from moesaic.train.loop import train as run_training
 
@@ -89,7 +82,7 @@ def demo(
     from moesaic.train.demo import run_demo
 
     overrides = context.args if directory is None else [*context.args, f"out={directory}"]
-    run_demo(out, overrides, compare=compare, program=_program())
+    run_demo(out, overrides, compare=compare, program=program())
 
 
 @app.command()
@@ -113,14 +106,14 @@ def generate(
     """Continue a text, streaming."""
     from moesaic.lm import load
 
-    text = _prompt(prompt)
+    text = prompt_text(prompt)
     lm = load(model, device)
     lm.ids(text)  # refused before anything is echoed
     lm.lay_out(weights)
-    _write(text)
+    write(text)
     for piece in lm.stream(text, max_new_tokens, temperature, seed, top_k, top_p, stop or ()):
-        _write(piece)
-    _write("\n")
+        write(piece)
+    write("\n")
 
 
 @app.command()
@@ -136,7 +129,7 @@ def inspect(
     from moesaic.analysis.prompt import route_prompt
     from moesaic.lm import load
 
-    routing = route_prompt(load(model), _prompt(prompt))
+    routing = route_prompt(load(model), prompt_text(prompt))
     if not routing.routings:
         raise RecipeError(f"{model}: is a dense model; it has no experts to show")
     if picture is not None:
@@ -231,9 +224,9 @@ def merge(
     from moesaic.merge.options import merge_options
 
     options = merge_options(recipe, base, expert or [], calibration or [], context.args)
-    plan = plan_merge(options) if dry_run else run_merge(options, target, _say, overwrite=overwrite)
+    plan = plan_merge(options) if dry_run else run_merge(options, target, say, overwrite=overwrite)
     title = f"{target}: what it would be" if dry_run else f"{target}"
-    _rows(plan.rows(), as_json, title)
+    print_rows(plan.rows(), as_json, title)
 
 
 @recipes_app.callback(invoke_without_command=True)
@@ -250,7 +243,7 @@ def recipes_list(as_json: AsJson = False) -> None:
     from moesaic.train.recipe import builtin_recipes
 
     rows = [(name, str(read_toml(path).get("about", ""))) for name, path in builtin_recipes().items()]
-    _rows(rows, as_json)
+    print_rows(rows, as_json)
 
 
 @recipes_app.command("show", context_settings=OVERRIDES)
@@ -310,7 +303,7 @@ def env(as_json: AsJson = False) -> None:
         return
     if "memory_bytes" in facts:
         facts["memory_bytes"] = human_size(facts["memory_bytes"])
-    _rows([(key, _flat(value)) for key, value in facts.items()], False)
+    print_rows([(key, flat(value)) for key, value in facts.items()], False)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -323,7 +316,7 @@ def bench(
     from moesaic.train.measure import bench as measure
 
     chosen = _recipe(recipe, context.args)
-    _report(measure(chosen, _say), as_json, title=f"{chosen.name} on this machine")
+    print_report(measure(chosen, say), as_json, title=f"{chosen.name} on this machine")
 
 
 def main() -> None:
@@ -349,58 +342,3 @@ def _recipe(name: str, words: list[str], resume: bool = False) -> "Recipe":
     from moesaic.train.recipe import load_recipe
 
     return load_recipe(name, words, resume=resume)
-
-
-def _prompt(text: str) -> str:
-    """The prompt, or standard input for ``-``."""
-    where = "standard input" if text == "-" else "--prompt"
-    # What of the command line is not UTF-8 reaches Python as lone surrogates.
-    data = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 text (byte {error.start})") from None
-
-
-def _program() -> str:
-    """How this program was called, to show the next command with."""
-    called = Path(sys.argv[0])
-    if called.name != "moesaic" or shutil.which("moesaic") == str(called):
-        return "moesaic"
-    return os.path.relpath(called) if called.is_absolute() else str(called)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _say(text: str) -> None:
-    err.print(Text(text), soft_wrap=True)
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
-    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
-
-
-def _report(report: "Report", as_json: bool, title: str) -> None:
-    """Print a report's rows, or its numbers as one JSON object."""
-    if as_json:
-        typer.echo(json.dumps(report.numbers))
-    else:
-        _rows(report.rows, False, title)
-
-
-def _rows(rows: list[tuple[str, str]], as_json: bool, title: str | None = None) -> None:
-    """Print (name, value) rows as a table, or as one JSON object."""
-    if as_json:
-        typer.echo(json.dumps({name: value for name, value in rows if name}))
-        return
-    table = Table(show_header=False, box=None, title=title, title_justify="left", title_style="bold")
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    out.print(table)

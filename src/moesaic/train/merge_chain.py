@@ -64,6 +64,7 @@ class Chain:
         return made
 
     def base(self, say: Say) -> Path:
+        """The dense model that all experts are tuned from, with a tokenizer of its own."""
         tokenizer, template = self.root / "tokenizer.json", self.root / "chat_template.jinja"
         if not tokenizer.exists():
             self.root.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,7 @@ class Chain:
         return self.stage("base", "llama-tiny", None, self.base_steps, say, data)
 
     def expert(self, role: str, say: Say) -> Path:
+        """The base tuned on one role."""
         which = [] if self.networks_only else ["train.only=[]"]
         data = [*self._lr(), *which, f"data.path={{{role} = {str(self.roles[role])!r}}}"]
         return self.stage(f"expert-{role}", "expert", self.root / "base", self.expert_steps, say, data, False)
