@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo demo-merge test check bench bench-merge clean
 
 # The stamps make an install happen once, and again when a dependency changes.
 .venv/.base: pyproject.toml constraints.txt
@@ -18,6 +18,13 @@ CONSTRAINTS := -c constraints.txt
 
 demo: .venv/.base
 	$(BIN)/moesaic demo
+
+demo-merge: .venv/.base
+	$(BIN)/moesaic demo-merge
+
+bench-merge: .venv/.dev
+	$(BIN)/python benchmarks/merge_roles.py ../shared/data/experts
+	$(BIN)/python benchmarks/merge_roles.py ../shared/data/experts --networks-only
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2

@@ -85,6 +85,20 @@ def demo(
     run_demo(out, overrides, compare=compare, program=program())
 
 
+@app.command("demo-merge")
+def demo_merge(
+    directory: Annotated[
+        Path, typer.Option("--out", help="Where everything is made; what is there is not made again.")
+    ] = Path("runs/demo-merge"),
+    seed: Annotated[int, typer.Option(help="Of data, training and routers.")] = 1337,
+) -> None:
+    """Merge eight small role experts from nothing, prove what it is worth, and talk with it (a few
+    minutes)."""
+    from moesaic.train.merge_demo import run_merge_demo
+
+    run_merge_demo(out, directory, seed, say, program())
+
+
 @app.command()
 def generate(
     model: ModelDir,

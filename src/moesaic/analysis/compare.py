@@ -7,7 +7,7 @@ of the paired bootstrap (Efron 1979): documents are drawn anew, the same for bot
 Shape legend: N documents, C domains.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +102,10 @@ class Comparison:
             rows.append(Row(name, loss_C, float(loss_C.mean()), self.difference(name, self.reference)))
         return rows
 
+    def loss(self, name: str) -> float:
+        """The mean over the domains."""
+        return float(np.mean([self._mean(name, m) for m in self._members]))
+
     def difference(self, name: str, other: str) -> tuple[float, float, float]:
         """The loss of ``name`` less that of ``other``, and the interval that holds 95 % of the draws."""
         exact = float(np.mean([self._mean(name, m) - self._mean(other, m) for m in self._members]))
@@ -172,6 +176,5 @@ def verdict(
 
 def gap_closed(comparison: Comparison, ours: str, oracle_name: str) -> float:
     """(reference - ours) / (reference - oracle)."""
-    loss: Callable[[str], float] = lambda name: next(r.loss for r in comparison.rows() if r.name == name)  # noqa: E731
-    reference = loss(comparison.reference)
-    return (reference - loss(ours)) / (reference - loss(oracle_name))
+    reference = comparison.loss(comparison.reference)
+    return (reference - comparison.loss(ours)) / (reference - comparison.loss(oracle_name))
