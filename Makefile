@@ -24,7 +24,6 @@ demo-merge: .venv/.base
 
 bench-merge: .venv/.dev
 	$(BIN)/python benchmarks/merge_roles.py ../shared/data/experts
-	$(BIN)/python benchmarks/merge_roles.py ../shared/data/experts --networks-only
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2

@@ -42,14 +42,19 @@ class Chain:
     roles: dict[str, Path]
     seed: int = 1337
     networks_only: bool = False
-    base_steps: int = 600
-    expert_steps: int = 200
-    router_steps: int = 100
-    shared_steps: int = 100
+    base_steps: int = 1000
+    expert_steps: int = 120
+    router_steps: int = 80
+    shared_steps: int = 240
     seq_len: int = 192
     vocab_size: int = 2048
     lr: float = 1e-3
     common: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """What of an expert was tuned; the same base serves both."""
+        return "networks" if self.networks_only else "whole"
 
     def run(self, say: Say) -> dict[str, Path]:
         """Make base, experts, the merge and its stages; the directories by name."""
@@ -81,15 +86,17 @@ class Chain:
         """The base tuned on one role."""
         which = [] if self.networks_only else ["train.only=[]"]
         data = [*self._lr(), *which, f"data.path={{{role} = {str(self.roles[role])!r}}}"]
-        return self.stage(f"expert-{role}", "expert", self.root / "base", self.expert_steps, say, data, False)
+        return self.stage(
+            f"{self.kind}-{role}", "expert", self.root / "base", self.expert_steps, say, data, False
+        )
 
     def merged(self, name: str, say: Say, **options: object) -> Path:
         """A merge of the experts under ``name``."""
-        out = self.root / name
+        out = self.root / f"{self.kind}-{name}"
         if not out.exists():
             experts = {
                 role: {
-                    "model": str(self.root / f"expert-{role}"),
+                    "model": str(self.root / f"{self.kind}-{role}"),
                     "calibration": str(file),
                     **_PROMPTS.get(role, {}),
                 }
@@ -124,7 +131,7 @@ class Chain:
 
     def soup(self, say: Say) -> LanguageModel:
         """The uniform average of the experts, every tensor of it."""
-        experts = [load(self.root / f"expert-{role}").model.state_dict() for role in self.roles]
+        experts = [load(self.root / f"{self.kind}-{role}").model.state_dict() for role in self.roles]
         model = load(self.root / "base").model
         say("averaging the experts")
         model.load_state_dict({k: torch.stack([e[k] for e in experts]).mean(0) for k in experts[0]})
