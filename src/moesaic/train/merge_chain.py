@@ -62,10 +62,10 @@ class Chain:
         for role in self.roles:
             made[role] = self.expert(role, say)
         made["merge"] = self.merged("merge", say, shared="base", router={"init": "ridge", "seq_len": 128})
-        made["merge + router"] = self.stage("router", "router", made["merge"], self.router_steps, say)
-        made[OURS] = self.stage(
-            "shared", "shared", made["merge + router"], self.shared_steps, say, self._lr()
-        )
+        router, shared = f"{self.kind}-router", f"{self.kind}-shared"
+        made["merge + router"] = self.stage(router, "router", made["merge"], self.router_steps, say)
+        more = self._lr()
+        made[OURS] = self.stage(shared, "shared", made["merge + router"], self.shared_steps, say, more)
         return made
 
     def base(self, say: Say) -> Path:

@@ -42,7 +42,7 @@ def run_merge_demo(out: Console, root: Path, seed: int, say: Callable[[str], Non
     made = chain.run(say)
     models: dict[str, Path | LanguageModel] = {
         BASE: made[BASE],
-        **{role: made[role] for role in roles},
+        **{role: made[role] for role in chain.roles},
         SOUP: chain.soup(say),
         "random router": chain.merged("random", say, router={"init": "random"}),
         "ridge router": made["merge"],
@@ -51,7 +51,7 @@ def run_merge_demo(out: Console, root: Path, seed: int, say: Callable[[str], Non
     }
     comparison, changing = prove(chain, models, say)
     out.print(comparison.table())
-    rivals = [BASE, SOUP, "random router", *roles]
+    rivals = [BASE, SOUP, "random router", *chain.roles]
     for sentence in (*verdict(comparison, OURS, rivals, ORACLE), *verdict(changing, OURS, [BASE])):
         out.print(Text(sentence, style="bold"), soft_wrap=True)
     lm = load(made[OURS])
