@@ -131,6 +131,35 @@ def generate(
 
 
 @app.command()
+def roles(
+    model: ModelDir,
+    data: Annotated[list[str], typer.Option(help="NAME=FILE: labelled text; once or more.")],
+    without: Annotated[
+        list[str] | None, typer.Option(help="What the loss would be without this expert; may be given again.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="What the loss would be with this expert alone; may be given again."),
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Where a text is cut.")] = 512,
+    picture: Annotated[Path | None, typer.Option("--out", help="Draw role by expert as a PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which experts serve which text, over a labelled data set; and what each expert is worth to it."""
+    from moesaic.analysis.ablation import role_report
+
+    report = role_report(model, data, without or [], only or [], seq_len, say)
+    if picture is not None:
+        report.draw(picture)
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+        return
+    for table in report.tables():
+        out.print(table)
+    out.print(Text(report.routing.summary()), soft_wrap=True)
+
+
+@app.command()
 def inspect(
     model: ModelDir,
     prompt: Prompt,
@@ -241,6 +270,17 @@ def merge(
     plan = plan_merge(options) if dry_run else run_merge(options, target, say, overwrite=overwrite)
     title = f"{target}: what it would be" if dry_run else f"{target}"
     print_rows(plan.rows(), as_json, title)
+
+
+@app.command()
+def repair(
+    model: ModelDir,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+) -> None:
+    """Rewrite a checkpoint whose experts are fused, as mergekit writes them, with each expert by itself."""
+    from moesaic.export import export_model
+
+    out.print(Text(f"{export_model(model, target)}: {target}"), soft_wrap=True)
 
 
 @recipes_app.callback(invoke_without_command=True)

@@ -49,14 +49,14 @@ class LM:
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits, float32 [B, T, V]. ``attention_mask`` [B, T] is 0 at padding."""
-        output: Output = self.model(self._to_device(ids_BT), self._real(attention_mask))
+        output: Output = self.model(self.to_device(ids_BT), self._real(attention_mask))
         assert output.logits_BTV is not None
         return output.logits_BTV.float()
 
     @torch.inference_mode()
     def routing(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> list[Routing]:
         """One Routing per sparse layer, for the B·T tokens in row order."""
-        output: Output = self.model(self._to_device(ids_BT), self._real(attention_mask), logits=False)
+        output: Output = self.model(self.to_device(ids_BT), self._real(attention_mask), logits=False)
         return output.routings
 
     def lay_out(self, weights: str | None = None) -> None:
@@ -136,13 +136,14 @@ class LM:
             raise RecipeError("the prompt is empty; give at least one character")
         if ids_BT.shape[0] != 1:
             raise RecipeError("generate takes one sequence; use moesaic.generate.stream for a batch")
-        return self._to_device(ids_BT)
+        return self.to_device(ids_BT)
 
-    def _to_device(self, ids_BT: Tensor) -> Tensor:
+    def to_device(self, ids_BT: Tensor) -> Tensor:
+        """Where the model is."""
         return ids_BT.to(self.model.lm_head.weight.device)
 
     def _real(self, attention_mask: Tensor | None) -> Tensor | None:
-        return None if attention_mask is None else self._to_device(attention_mask).bool()
+        return None if attention_mask is None else self.to_device(attention_mask).bool()
 
 
 def load(directory: str | Path, device: str = "cpu") -> LM:

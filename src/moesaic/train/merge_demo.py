@@ -4,17 +4,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from moesaic.analysis.compare import Documents, held_out, verdict
-from moesaic.analysis.routing import counts_per_layer, mutual_information, specialisation
+from moesaic.analysis.compare import held_out, verdict
+from moesaic.analysis.roles import route_roles
 from moesaic.chat import Chat
-from moesaic.data.examples import padded
 from moesaic.data.roles import write_roles
-from moesaic.lm import LM, load
+from moesaic.lm import load
 from moesaic.model.transformer import LanguageModel
 from moesaic.train.merge_chain import BASE, ORACLE, OURS, SOUP, Chain, prove
 
@@ -55,35 +52,12 @@ def run_merge_demo(out: Console, root: Path, seed: int, say: Callable[[str], Non
     for sentence in (*verdict(comparison, OURS, rivals, ORACLE), *verdict(changing, OURS, [BASE])):
         out.print(Text(sentence, style="bold"), soft_wrap=True)
     lm = load(made[OURS])
-    out.print(role_table(lm, held_out(chain.store()), chain.seq_len))
+    routing = route_roles(lm, held_out(chain.store()), chain.seq_len)
+    out.print(routing.table())
+    out.print(Text(routing.summary()), soft_wrap=True)
     out.print(Text(f"\nyou: {QUESTION}"))
     talk = Chat(lm, max_new_tokens=60, temperature=0.0)
     out.print(Text("it:  " + "".join(talk.answer(QUESTION)).strip().replace("\n", "\n     ")))
     out.print(Text(f"\n{time.perf_counter() - started:.0f} s. It opens in stock transformers: {made[OURS]}"))
     out.print(Text(f"{program} chat {made[OURS]} --experts"), soft_wrap=True)
     return made[OURS]
-
-
-@torch.inference_mode()
-def role_table(lm: LM, documents: Documents, seq_len: int) -> Table:
-    """Who serves whom: the share of each domain's choices, over all layers, that went to each expert."""
-    E, C = lm.config.experts.count, len(documents.domains)
-    counts_CE = torch.zeros(C, E)
-    for c in range(C):
-        coded = [e for e, d in zip(documents.coded, documents.domain_N, strict=True) if d == c]
-        for start in range(0, len(coded), 32):
-            ids_BT, _, real_BT = padded(coded[start : start + 32], seq_len)
-            counts_CE[c] += counts_per_layer(lm.model(ids_BT, real_BT, logits=False).routings).sum(0)
-    share_CE = specialisation(counts_CE)
-    bits = mutual_information(counts_CE)
-    table = Table(
-        title=f"choices of each role in percent; an expert's name tells {bits:.2f} bits of the role"
-    )
-    table.title_justify = "left"
-    table.add_column("text of")
-    for expert in range(E):
-        table.add_column(lm.config.experts.name(expert), justify="right")
-    for domain, row in zip(documents.domains, share_CE.tolist(), strict=True):
-        own = max(row)
-        table.add_row(domain, *(Text(f"{100 * x:.0f}", style="bold" if x == own else "") for x in row))
-    return table
