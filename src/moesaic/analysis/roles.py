@@ -54,8 +54,8 @@ class RoleRouting:
         """What the whole table comes to, in a sentence."""
         load, bits = summarise_load(self.counts_LCE.sum(1)), mutual_information(self.counts_LCE.sum(0))
         return (
-            f"An expert's name tells {bits:.2f} bits of the role. Load entropy {load.entropy:.3f} of 1, busiest "
-            f"expert {load.balance:.2f} × the mean, {100 * load.dead_share:.0f} % of the experts dead."
+            f"An expert's name tells {bits:.2f} bits of the role. Load entropy {load.entropy:.3f} of 1, "
+            f"busiest expert {load.balance:.2f} × the mean, {100 * load.dead_share:.0f} % of experts dead."
         )
 
     def as_json(self) -> dict[str, Any]:

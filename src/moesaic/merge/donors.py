@@ -89,7 +89,10 @@ def _open(name: str, directory: Path, base: Donor | None) -> Donor:
             raise RecipeError(f"{directory}: is an adapter; the base must be a whole model")
         return _open_adapter(name, directory, base)
     if not (directory / "config.json").exists():
-        raise RecipeError(f"{name}: {directory}: has no config.json; give a Hugging Face model directory")
+        raise RecipeError(
+            f"{name}: {directory}: has no config.json; give a Hugging Face model directory "
+            "(moesaic export makes one of a run)"
+        )
     found = open_hf(directory)
     if found.family.sparse:
         raise RecipeError(f"{name}: {directory}: is a mixture of experts already; a merge takes dense models")

@@ -81,7 +81,7 @@ class Plan:
         """About how much is held at once: a layer and the hidden states of the text, or a few tensors."""
         config = self.config
         largest = config.vocabulary * config.width * 4 * 3
-        if self.mode in ("random", "zero") and self.options.shared != "auto":
+        if self.mode in ("random", "zero"):
             return largest
         layer = config.experts.count * config.experts.parameters(config.width) * 8
         texts = sum(bool(source.calibration) for source in self.options.experts.values()) or 1
@@ -155,7 +155,7 @@ def _make_router(plan: Plan, merged: Merged, say: Say) -> float | None:
     """Fill ``merged.router_ED``; the loss on the calibration text where one was measured."""
     options, config = plan.options, plan.config
     E, D = config.experts.count, config.width
-    if options.shared != "auto" and plan.mode in ("random", "zero"):
+    if plan.mode in ("random", "zero"):
         std = 0.0 if plan.mode == "zero" else options.router.std
         generator = torch.Generator().manual_seed(options.seed)
         for layer in range(config.layers):
@@ -171,12 +171,10 @@ def _make_router(plan: Plan, merged: Merged, say: Say) -> float | None:
         loss = fit_router(merged, calibration, plan.mode, options.router, say)
     else:
         losses = {}
-        for merged.average in _STEPS:
-            losses[merged.average] = fit_router(
-                merged, calibration, plan.mode, options.router, lambda _: None
-            )
-            said = f"{losses[merged.average]:.4f}"
-            say(f"shared: {merged.average:.2f} of the way from base to average: loss {said}")
+        for step in _STEPS:
+            merged.average = step
+            losses[step] = fit_router(merged, calibration, plan.mode, options.router, lambda _: None)
+            say(f"shared: {step:.2f} of the way from base to average: loss {losses[step]:.4f}")
         merged.average = min(losses, key=lambda step: losses[step])
         loss = fit_router(merged, calibration, plan.mode, options.router, say)
     say(f"loss on the calibration text: {loss:.4f} nats per token")

@@ -103,8 +103,11 @@ class MergeOptions(Options):
                 "calibration text (--calibration NAME=FILE)" if needs == "calibration" else "positive prompts"
             )
             raise RecipeError(f"router.init = {init}: {lacking[0]} has no {what}")
-        if self.shared == "auto" and not any(expert.calibration for expert in experts.values()):
-            raise RecipeError("shared = auto needs calibration text to measure the loss on (--calibration)")
+        if self.shared == "auto" and init in ("random", "zero", "prompts"):
+            raise RecipeError(
+                f"shared = auto measures the loss on calibration text with a router fitted to it, and "
+                f"router.init = {init} has neither; give --calibration for each expert"
+            )
         return init
 
 

@@ -8,7 +8,7 @@ networks return, where that cannot be done: its norms are shared as everything e
 Shape legend: D width, E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from moesaic.merge.options import MergeOptions
 from moesaic.model.config import ModelConfig
 from moesaic.model.experts import ExpertOptions
 from moesaic.model.routers import TopKOptions
+from moesaic.model.transformer import LanguageModel
 from moesaic.weights.config_json import obstacles
 from moesaic.weights.contents import Later
 from moesaic.weights.families import FAMILIES, Family
@@ -100,8 +101,6 @@ class Merged:
     def on_disk(self, dtype: torch.dtype) -> Iterator[tuple[str, Later]]:
         """Every tensor of the merge under the family's name on disk."""
         with torch.device("meta"):
-            from moesaic.model.transformer import LanguageModel
-
             model = LanguageModel(self.config)
         for name, parameter in model.named_parameters():
             for source, place in parts_on_disk(name, parameter.shape, self.family):
@@ -182,7 +181,7 @@ class Merged:
         return torch.zeros(shape[::-1] if "down_proj" in leaf else shape)
 
 
-def _maker(merged: Merged, name: str, place: Place, source: str, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _maker(merged: Merged, name: str, place: Place, source: str, dtype: torch.dtype) -> Callable[[], Tensor]:
     def make() -> Tensor:
         tensor = merged.part(name, place).to(dtype)
         if not tensor.isfinite().all():
