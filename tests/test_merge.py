@@ -228,8 +228,8 @@ def test_options_are_checked() -> None:
     with pytest.raises(RecipeError, match="a has no calibration"):
         MergeOptions.model_validate({"base": "b", "experts": two, "router": {"init": "ridge"}}).router_mode()
     for init in ("random", "zero", "auto"):
+        table = {"base": "b", "experts": two, "shared": "auto", "router": {"init": init}}
         with pytest.raises(RecipeError, match="shared = auto measures the loss"):
-            table = {"base": "b", "experts": two, "shared": "auto", "router": {"init": init}}
             MergeOptions.model_validate(table).router_mode()
     with pytest.raises(RecipeError, match="write NAME=FILE"):
         merge_options(None, "b", ["a=x", "b=y"], ["c=z"], [])
