@@ -75,7 +75,8 @@ def draw(table: dict[int, dict[str, float]], names: list[str], out: str) -> None
     axes.set_xticks(list(table), [f"{count:,}" for count in table])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.set_ylim(top=15_000)  # room for the legend
+    axes.legend(frameon=False, ncols=2)
     figure.savefig(out, dpi=150)
 
 
