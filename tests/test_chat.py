@@ -172,3 +172,24 @@ def test_examples_cut_to_nothing_are_counted_and_a_domain_of_them_is_named(tmp_p
         store_of(tmp_path, a=1)
     with pytest.raises(DataError, match=r"data\.path: name the files"):
         prepare_examples(DataOptions(source="instructions"), Tokenizer.byte(), 8, lambda _: None)
+
+
+def test_joined_rows_always_have_something_to_learn(tmp_path: Path) -> None:
+    rows = [{"instruction": "x" * (40 * (n % 2)), "output": "yes"} for n in range(20)]
+    file = write(tmp_path / "half.jsonl", *rows)
+    options = DataOptions(source="instructions", path=str(file), tokenizer="byte", join=1.0)
+    store = prepare_examples(options, Tokenizer.byte(), 110, lambda _: None)
+    for step in range(20):
+        assert (store.batch(0, step, 8, 110).target_BT >= 0).any(1).all()
+
+
+def test_a_refusing_template_is_told_with_the_row(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", {"instruction": "a", "output": "b"})
+    (example,) = read_examples(file)
+    with pytest.raises(DataError, match=r"x\.jsonl:1: .*no, thanks"):
+        tokens_of(example, Tokenizer.byte(), ChatTemplate("{{ raise_exception('no, thanks') }}"))
+
+
+def test_a_row_of_another_field_is_read_where_it_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", {"content": "plain"})
+    assert next(read_examples(file, field="content")).text == "plain"

@@ -278,6 +278,10 @@ def test_a_mergekit_file_is_understood_or_refused_by_key(tmp_path: Path) -> None
         ("base_model: B\ngate_mode: cheap_embed", "gate_mode: 'cheap_embed'"),
         ("base_model: B\nmerge_method: linear", "merge_method: moesaic does not know"),
         ("base_model: B\ndtype: int8", "dtype: 'int8'"),
+        ("base_model: B\ndtype: [bfloat16]", "dtype: "),
+        ("base_model: B\ngate_mode: [hidden]", "gate_mode: "),
+        ("base_model: B\narchitecture: qwen", "architecture: moesaic does not know"),
+        ("base_model: B\ndtype: 2024-13-45", "not valid YAML"),
         ("base_model: B\nshared_experts: [{source_model: C}]", "only the base itself"),
         ("base_model: B\nexperts: [{source_model: A, residual_scale: 0.5}]", "residual_scale"),
         ("base_model: B\nexperts: [{model: A}]", "needs a source_model"),
@@ -301,3 +305,68 @@ def test_a_damaged_adapter_is_named(tmp_path: Path) -> None:
         adapter(tmp_path / name, base, {"model.layers.1.mlp.down_proj": 1}, **more)
         with pytest.raises(CheckpointError, match=sentence):
             plan_merge(options(base, tmp_path / name, other))
+
+
+def test_a_head_size_that_is_said_is_one_that_is_not(tmp_path: Path) -> None:
+    base = dense(tmp_path / "base")
+    twins = [change(base, tmp_path / name, seed) for seed, name in enumerate("ab", 1)]
+    table = json.loads((base / "config.json").read_text())
+    table.pop("head_dim", None)
+    (base / "config.json").write_text(json.dumps(table))
+    for twin in twins:
+        (twin / "config.json").write_text(json.dumps({**table, "head_dim": 6}))
+    assert plan_merge(options(base, *twins)).config.attention.head_size(24) == 6
+
+
+def test_an_output_never_takes_the_place_of_a_donor(tmp_path: Path) -> None:
+    base = dense(tmp_path / "m" / "base")
+    twins = [change(base, tmp_path / "m" / name, seed) for seed, name in enumerate("ab", 1)]
+    for out in (tmp_path / "m", base):
+        with pytest.raises(RecipeError, match="base is in there"):
+            merge(options(base, *twins), out, lambda _: None, overwrite=True)
+    assert (base / "config.json").exists()
+
+
+def test_an_adapter_that_owns_the_words_ends_texts_as_the_base_does(tmp_path: Path) -> None:
+    base = dense(tmp_path / "base")
+    adapter(tmp_path / "lora", base, {"model.layers.1.mlp.down_proj": 1})
+    (tmp_path / "lora" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    other = change(base, tmp_path / "other", 5)
+    out = merged(tmp_path / "out", base, tmp_path / "lora", other, shared="expert:lora")
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 1
+
+
+def test_half_an_adapter_and_one_of_another_shape_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = dense(tmp_path / "base")
+    other = change(base, tmp_path / "other", 5)
+    for name, edit, sentence in (
+        ("half", lambda t: t.pop(next(k for k in t if "lora_B" in k)), "only half of its change"),
+        ("wide", lambda t: t.update({k: torch.zeros(2, 3) for k in t if "lora_A" in k}), "would fit"),
+    ):
+        adapter(tmp_path / name, base, {"model.layers.1.mlp.down_proj": 1})
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        edit(tensors)
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=sentence):
+            plan_merge(options(base, tmp_path / name, other))
+    adapter(tmp_path / "pissa", base, {"model.layers.1.mlp.down_proj": 1}, init_lora_weights="pissa_niter_4")
+    with pytest.raises(CheckpointError, match="init_lora_weights"):
+        plan_merge(options(base, tmp_path / "pissa", other))
+
+
+def test_a_recipe_and_the_command_line_go_together(tmp_path: Path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text('base = "b"\n[experts]\na = "x"\nb = { model = "y", calibration = "one" }\n')
+    made = merge_options(file, None, ["c=z"], ["a=two", "b=three"], [])
+    assert [e.calibration for e in made.experts.values()] == [["two"], ["one", "three"], []]
+    for text, sentence in (
+        ('experts = ["a", "b"]', "should be a table"),
+        ('[experts]\na = 3\nb = "y"', "write NAME=FILE"),
+        ('[experts]\na = { model = "x", positive = [""] }\nb = "y"', "a prompt is empty"),
+    ):
+        file.write_text(f'base = "b"\n{text}\n')
+        words = ["a=file"] if "NAME" in sentence else []
+        with pytest.raises(RecipeError, match=sentence):
+            merge_options(file, None, [], words, [])

@@ -97,6 +97,14 @@ def test_the_loss_of_the_walk_is_that_of_the_whole_model(init: str, tmp_path: Pa
     assert said[-2] == f"loss on the calibration text: {loss:.4f} nats per token"
 
 
+@pytest.mark.parametrize("init", ["ridge", "ridge-unlabelled"])
+def test_texts_of_any_length_go_together(init: str, tmp_path: Path) -> None:
+    made = options(tmp_path, init)
+    (tmp_path / "sums.txt").write_text("1, 2, 3. 2, 1.")
+    merge(made, tmp_path / "out", lambda _: None)
+    assert moesaic.load(tmp_path / "out").config.moe_layers
+
+
 def test_ridge_sends_each_text_to_its_expert(tmp_path: Path) -> None:
     merge(options(tmp_path, "ridge"), tmp_path / "out", lambda _: None)
     lm = moesaic.load(tmp_path / "out")

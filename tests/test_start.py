@@ -131,6 +131,10 @@ def test_what_a_start_cannot_be_is_named(tmp_path: Path) -> None:
         run("expert", [f"start={tmp_path / 'none'}", f"data.path={file}"])
     with pytest.raises(RecipeError, match="makes another model of it"):
         run("expert", [f"start={base}", f"data.path={file}", "model.layers=4", f"out={tmp_path / 'x'}"])
+    untied = dense(tmp_path / "untied", tie_word_embeddings=False)
+    chat_template(untied, TEMPLATE)
+    with pytest.raises(RecipeError, match="embeddings and head are two"):
+        run("expert", [f"start={untied}", f"data.path={file}", "model.tied=true", f"out={tmp_path / 'x'}"])
     with pytest.raises(DataError, match="name the files of instructions"):
         run("expert", [f"start={base}", f"out={tmp_path / 'x'}"])
     (base / "tokenizer.json").unlink()

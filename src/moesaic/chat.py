@@ -85,7 +85,7 @@ class Chat:
                 for r in routings
             ]
         ).sum(0)
-        said = [self.lm.tokenizer.decode([token]) for token in ids[begin:]]
+        said = [self.lm.tokenizer.decode([token]) for token in ids[begin:]][1 - len(weight_TE) :]
         chosen = weight_TE.argmax(1)[-len(said) - 1 : -1].tolist() if said else []
         return list(zip(said, chosen, strict=True))
 
@@ -119,14 +119,16 @@ class Chat:
         return ids
 
     def _save(self, name: str) -> None:
-        path = Path(name).expanduser()
-        if not name or path.exists():
-            raise RecipeError(f"/save {name}: {'exists' if name else 'give a file'}; choose another name")
+        if not name:
+            raise RecipeError("/save: give a file")
         row = json.dumps({"messages": self.messages}, ensure_ascii=False)
         try:
+            path = Path(name).expanduser()
+            if path.exists():
+                raise RecipeError(f"/save {name}: exists; choose another name")
             write_atomic(path, row + "\n")
-        except OSError as error:
-            raise RecipeError(f"/save {name}: cannot be written: {error.strerror}") from None
+        except (OSError, RuntimeError) as error:
+            raise RecipeError(f"/save {name}: cannot be written: {error}") from None
 
 
 def run_chat(chat: Chat, out: Console, lines: Iterable[str] | None = None) -> None:
@@ -134,7 +136,7 @@ def run_chat(chat: Chat, out: Console, lines: Iterable[str] | None = None) -> No
     person = lines is None and sys.stdin.isatty()
     if person:
         out.print(Text(f"{chat.lm.path.name}: /help lists commands, /quit ends"))
-    for line in _lines(out) if person else (sys.stdin if lines is None else lines):
+    for line in _lines(out) if person else (_piped() if lines is None else lines):
         said = line.rstrip("\n")
         if not said.strip():
             continue
@@ -150,6 +152,15 @@ def run_chat(chat: Chat, out: Console, lines: Iterable[str] | None = None) -> No
                 _show(chat, out)
         except (RecipeError, DataError) as error:
             out.print(Text(str(error)), style="red")
+
+
+def _piped() -> Iterator[str]:
+    """Standard input line by line. Raises DataError where it is not UTF-8."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"standard input, line {number}: not UTF-8 text") from None
 
 
 def _lines(out: Console) -> Iterator[str]:

@@ -64,6 +64,8 @@ def role_report(
     lm = load(model)
     if not lm.config.moe_layers:
         raise RecipeError(f"{model}: is a dense model; it has no experts to show")
+    if lm.config.position == "learned":
+        seq_len = min(seq_len, lm.config.context)
     chosen = {f"without {name}": [expert_number(lm, name)] for name in left_out}
     for name in alone:
         number = expert_number(lm, name)

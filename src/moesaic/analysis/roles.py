@@ -23,6 +23,7 @@ from moesaic.analysis.routing import (
 from moesaic.data.examples import padded
 from moesaic.errors import RecipeError
 from moesaic.lm import LM
+from moesaic.model.routers import LossFree
 from moesaic.model.transformer import LanguageModel
 
 _BATCH = 32
@@ -112,6 +113,10 @@ def without(model: LanguageModel, experts: Sequence[int]) -> Iterator[None]:
     barred = torch.zeros(model.config.experts.count)
     barred[list(experts)] = -torch.inf
     before = [gate.bias for gate in gates]
+    steering = [g for g in gates if isinstance(g, LossFree)]  # its own bias comes after the scores
+    steered = [gate.e_score_correction_bias.clone() for gate in steering]
+    for steered_gate in steering:
+        steered_gate.e_score_correction_bias += barred.to(steered_gate.e_score_correction_bias)
     try:
         for gate in gates:
             own = gate.bias
@@ -123,3 +128,5 @@ def without(model: LanguageModel, experts: Sequence[int]) -> Iterator[None]:
     finally:
         for gate, bias in zip(gates, before, strict=True):
             gate.bias = bias
+        for steered_gate, kept in zip(steering, steered, strict=True):
+            steered_gate.e_score_correction_bias.copy_(kept)

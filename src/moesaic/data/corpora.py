@@ -71,6 +71,10 @@ class DataOptions(Options):
             raise ValueError(f'dataset is given, but source={self.source} reads none; set source="hub"')
         if self.source == "files" and not self.path:
             raise ValueError('source="files" needs path, a file or a glob such as "books/**/*.txt"')
+        if self.source == "instructions" and self.max_chars is not None:
+            raise ValueError("max_chars cuts texts, not conversations; use max_documents")
+        if self.source != "instructions" and (self.template is not None or self.join):
+            raise ValueError('template and join are for source="instructions"')
         if self.source == "hub" and not self.dataset:
             raise ValueError('source="hub" needs dataset, a name such as "owner/name"')
         if self.source == "tiny_shakespeare" and not isinstance(self.path, str | None):

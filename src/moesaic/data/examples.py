@@ -66,12 +66,14 @@ class ExampleStore:
 
     def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
         """Examples drawn with replacement, each from its beginning, cut to ``seq_len``; some rows are half of
-        one and then half of another (``data.join``)."""
+        one and then half of another (``data.join``), if both halves have something to learn."""
         generator = generator_of(seed, step)
         drawn = generator.integers(0, len(self._train), (batch_size, 2))
         joined = generator.random(batch_size) < self.join
         rows = [
-            join_examples(self._train[a], self._train[b], seq_len) if both else self._train[a]
+            join_examples(self._train[a], self._train[b], seq_len)
+            if both and all(fits_in_half(self._train[i], seq_len) for i in (a, b))
+            else self._train[a]
             for (a, b), both in zip(drawn, joined, strict=True)
         ]
         return padded(rows, seq_len)
@@ -111,7 +113,7 @@ def prepare_examples(
     for label, paths in files_by_domain(options).items():
         named = label if isinstance(options.path, dict) else None
         for path in paths:
-            for example in read_examples(path, named):
+            for example in read_examples(path, named, options.field, options.max_line_bytes):
                 ids, learnt = tokens_of(example, tokenizer, template)
                 ids, learnt = ids[: seq_len + 1], learnt[: seq_len + 1]
                 if not learnt[1:].any():
@@ -147,6 +149,11 @@ def join_examples(first: Coded, second: Coded, seq_len: int) -> Coded:
         np.concatenate([first[0][:half], second[0][:half]]),
         np.concatenate([first[1][:half], second[1][:half]]),
     )
+
+
+def fits_in_half(example: Coded, seq_len: int) -> bool:
+    """Whether something is left to learn of an example that is cut to half of ``seq_len``."""
+    return bool(example[1][1 : max(1, seq_len // 2)].any())
 
 
 def _template(options: DataOptions) -> ChatTemplate | None:

@@ -34,17 +34,20 @@ class Example:
     where: str
 
 
-def read_examples(path: Path, domain: str | None = None) -> Iterator[Example]:
-    """Every example of a file: JSON lines, or one plain text. Raises DataError naming file and line."""
+def read_examples(
+    path: Path, domain: str | None = None, field: str = "text", max_line_bytes: int = _MOST_LINE
+) -> Iterator[Example]:
+    """Every example of a file: JSON lines, or one plain text; ``field`` holds the text of a row that is no
+    conversation. Raises DataError naming file and line."""
     if path.suffix.lower() not in (".jsonl", ".json"):
-        for text in read_texts(path, "text", _MOST_LINE):
+        for text in read_texts(path, field, max_line_bytes):
             yield Example([], text, domain or path.stem, str(path))
         return
-    for where, row in read_rows(path, _MOST_LINE):
+    for where, row in read_rows(path, max_line_bytes):
         own = row.get("domain")
         label = domain or (own if isinstance(own, str) and own else path.stem)
         messages = _messages(row, where)
-        yield Example(messages, "" if messages else text_of(row, "text", where), label, where)
+        yield Example(messages, "" if messages else text_of(row, field, where), label, where)
 
 
 def tokens_of(
@@ -55,8 +58,8 @@ def tokens_of(
     if not example.messages:
         ids = tokenizer.encode(example.text)
         return ids, np.ones(len(ids), dtype=bool)
-    text, spans = (template or ChatTemplate(PLAIN_TEMPLATE)).spans(example.messages)
     try:
+        text, spans = (template or ChatTemplate(PLAIN_TEMPLATE)).spans(example.messages)
         ids, start = tokenizer.encode_placed(text)
     except DataError as error:
         raise DataError(f"{example.where}: {error}") from None

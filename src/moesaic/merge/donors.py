@@ -15,6 +15,7 @@ from moesaic.config import flatten
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import CheckpointError, RecipeError
 from moesaic.merge.options import MergeOptions
+from moesaic.model.config import ModelConfig
 from moesaic.weights.families import FAMILIES
 from moesaic.weights.hf import Found, load_tokenizer, open_hf
 from moesaic.weights.shards import Shards, read_json_file
@@ -42,6 +43,8 @@ class Adapter:
             return None
         a, b = (self.shards.read(f"{_PEFT_PREFIX}{module}.lora_{side}.weight").float() for side in "AB")
         change = self.scale * (b @ a)
+        if not change.isfinite().all():
+            raise CheckpointError(f"{self.shards.directory}: its change of {module} holds NaN or infinity")
         return change.t() if self.transposed else change
 
 
@@ -73,12 +76,20 @@ def open_donors(options: MergeOptions) -> tuple[Donor, list[Donor]]:
 
     Raises RecipeError with a line for every mismatch, CheckpointError for a damaged directory.
     """
-    base = _open("base", Path(options.base).expanduser(), None)
-    experts = [_open(name, Path(source.model).expanduser(), base) for name, source in options.experts.items()]
+    base = _open("base", user_path(options.base), None)
+    experts = [_open(name, user_path(source.model), base) for name, source in options.experts.items()]
     problems = [problem for donor in experts for problem in _mismatches(base, donor)]
     if problems:
         raise RecipeError("\n".join(problems))
     return base, experts
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it. Raises RecipeError for a home that is nobody's."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise RecipeError(f"{text}: there is no such user's home") from None
 
 
 def _open(name: str, directory: Path, base: Donor | None) -> Donor:
@@ -107,16 +118,31 @@ def _open_adapter(name: str, directory: Path, base: Donor) -> Donor:
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"):
         if table.get(key):
             raise CheckpointError(f"{path}: {key}: is not supported; merge the adapter with peft first")
+    if str(table.get("init_lora_weights", True)).startswith(("pissa", "olora")):
+        raise CheckpointError(
+            f"{path}: init_lora_weights changed the base itself; convert the adapter with peft first"
+        )
     rank, alpha = table.get("r"), table.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{path}: r and lora_alpha are not numbers")
     shards = Shards(directory, file="adapter_model.safetensors")
-    modules = set()
-    for tensor in shards.tensors:
+    sides: dict[str, set[str]] = {}
+    for tensor, stored in shards.tensors.items():
         module, _, side = tensor.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
-        if side not in ("A.weight", "B.weight") or f"{module}.weight" not in base.found.shards.tensors:
+        changed = base.found.shards.tensors.get(f"{module}.weight")
+        if side not in ("A.weight", "B.weight") or changed is None:
             raise CheckpointError(f"{directory}: {tensor!r} changes nothing that the base has")
-        modules.add(module)
+        out, inner = changed.shape if not table.get("fan_in_fan_out") else changed.shape[::-1]
+        wanted = (rank, inner) if side == "A.weight" else (out, rank)
+        if stored.shape != wanted:
+            raise CheckpointError(
+                f"{directory}: {tensor} is {list(stored.shape)}, and {list(wanted)} would fit"
+            )
+        sides.setdefault(module, set()).add(side)
+    lone = [module for module, found in sides.items() if len(found) < 2]
+    if lone:
+        raise CheckpointError(f"{directory}: has only half of its change of {lone[0]}")
+    modules = frozenset(sides)
     if not modules:
         raise CheckpointError(f"{directory}: the adapter changes nothing")
     scale = alpha / (rank**0.5 if table.get("use_rslora") else rank)
@@ -126,13 +152,13 @@ def _open_adapter(name: str, directory: Path, base: Donor) -> Donor:
         notes.append(
             f"the adapter also changes {', '.join(outside)}, which follow the rule for shared weights"
         )
-    adapter = Adapter(shards, scale, frozenset(modules), bool(table.get("fan_in_fan_out")))
+    adapter = Adapter(shards, scale, modules, bool(table.get("fan_in_fan_out")))
     return Donor(name, directory, base.found, load_tokenizer(directory), adapter, notes)
 
 
 def _mismatches(base: Donor, donor: Donor) -> list[str]:
     """A sentence for every way in which an expert cannot share with the base."""
-    mine, its = flatten(base.found.config), flatten(donor.found.config)
+    mine, its = (_settings(d.found.config) for d in (base, donor))
     words = {
         path: key for key, paths in FAMILIES[base.found.family.model_type].keys.items() for path in paths
     }
@@ -147,6 +173,12 @@ def _mismatches(base: Donor, donor: Donor) -> list[str]:
     if not problems and base.tokenizer is not None and donor.tokenizer is not None:
         problems += _other_words(base.tokenizer, donor)
     return problems
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """Dotted settings, those that a config.json may leave open filled in."""
+    size = config.attention.head_size(config.width)
+    return {**flatten(config), "attention.head_dim": size}
 
 
 def _other_words(base: Tokenizer, donor: Donor) -> list[str]:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from moesaic.data.chat import load_template
 from moesaic.data.instructions import read_examples, tokens_of
-from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError, RecipeError, ResourceError
 from moesaic.files import free_bytes, human_size
 from moesaic.machine import available_memory, keep_freed_memory
-from moesaic.merge.donors import Donor, open_donors, widest
+from moesaic.merge.donors import Donor, open_donors, user_path, widest
 from moesaic.merge.options import MergeOptions, RouterMode
 from moesaic.merge.router_fit import Calibration, fit_router, labelled, prompted, unlabelled
 from moesaic.merge.tensors import Merged, target_of
@@ -26,6 +25,13 @@ from moesaic.weights.hf import write_tensors
 from moesaic.weights.shards import read_json_file, real_file
 
 Say = Callable[[str], None]
+# By docs/merge.md; llama.cpp does not renormalise Qwen2-MoE's weights, and has no FlexOlmo.
+LOADERS = {
+    "mixtral": "stock `transformers`, vLLM and llama.cpp",
+    "qwen3_moe": "stock `transformers`, vLLM and llama.cpp",
+    "qwen2_moe": "stock `transformers` and vLLM",
+    "flex_olmo": "stock `transformers`",
+}
 _STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # between base and average, of shared = auto
 
 
@@ -106,7 +112,10 @@ def merge(options: MergeOptions, out: Path, say: Say, *, overwrite: bool = False
     Raises the errors of ``plan_merge``, DataError for calibration text, ResourceError where disk or memory is
     too small.
     """
-    plan = plan_merge(options)
+    plan, out = plan_merge(options), out.expanduser().absolute()
+    for donor in (plan.base, *plan.experts):
+        if donor.directory.resolve().is_relative_to(out.resolve()):
+            raise RecipeError(f"{out}: {donor.name} is in there; choose another name")
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise RecipeError(f"{out}: exists; choose another name, or say --overwrite to replace it")
     _check_room(plan, out)
@@ -116,14 +125,19 @@ def merge(options: MergeOptions, out: Path, say: Say, *, overwrite: bool = False
     merged = Merged(plan.base, plan.experts, options, plan.family, plan.config)
     loss = _make_router(plan, merged, say)
     say(f"writing {human_size(plan.bytes)} to {out}")
-    speaker = merged.owner if merged.owner.tokenizer is not None else plan.base
+    speaker = _speaker(plan, merged)
     files = carried_files(speaker.directory)
     if speaker.tokenizer is not None:
         files["tokenizer.json"] = real_file(speaker.directory / "tokenizer.json").read_bytes()
     files["README.md"] = _card(plan, out.name, loss).encode()
-    extra = _special_ids(speaker)
+    extra = _special_ids(plan.base) | _special_ids(speaker)
     write_tensors(out, plan.config, plan.family, merged.on_disk(plan.dtype), plan.dtype, files, extra)
     return plan
+
+
+def _speaker(plan: Plan, merged: Merged) -> Donor:
+    """Whose tokenizer and chat template the merge has."""
+    return merged.owner if merged.owner.tokenizer is not None else plan.base
 
 
 def _special_ids(donor: Donor) -> dict[str, Any]:
@@ -133,8 +147,8 @@ def _special_ids(donor: Donor) -> dict[str, Any]:
         if (donor.directory / name).exists():
             table = read_json_file(donor.directory / name)
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                if ids.get(key) is None and isinstance(table, dict):
-                    ids[key] = table.get(key)
+                if key not in ids and isinstance(table, dict) and table.get(key) is not None:
+                    ids[key] = table[key]
     return ids
 
 
@@ -161,12 +175,12 @@ def _make_router(plan: Plan, merged: Merged, say: Say) -> float | None:
         for layer in range(config.layers):
             merged.router_ED[layer] = std * torch.randn(E, D, generator=generator)
         return None
-    tokenizer = merged.owner.tokenizer or plan.base.tokenizer
-    if tokenizer is None:
+    speaker = _speaker(plan, merged)
+    if speaker.tokenizer is None:
         raise RecipeError(
             f"router.init = {plan.mode}: {plan.base.directory} has no tokenizer.json to read text with"
         )
-    calibration = _calibration(plan, tokenizer, say)
+    calibration = _calibration(plan, speaker, say)
     if options.shared != "auto":
         loss = fit_router(merged, calibration, plan.mode, options.router, say)
     else:
@@ -177,49 +191,59 @@ def _make_router(plan: Plan, merged: Merged, say: Say) -> float | None:
             say(f"shared: {step:.2f} of the way from base to average: loss {losses[step]:.4f}")
         merged.average = min(losses, key=lambda step: losses[step])
         loss = fit_router(merged, calibration, plan.mode, options.router, say)
+    if plan.mode == "prompts":  # which are no text to have a loss on
+        return None
     say(f"loss on the calibration text: {loss:.4f} nats per token")
     return loss
 
 
-def _calibration(plan: Plan, tokenizer: Tokenizer, say: Say) -> Calibration:
-    sources = plan.options.experts
+def _calibration(plan: Plan, speaker: Donor, say: Say) -> Calibration:
+    """The text that the router is fitted to, as the mode wants it. Raises DataError."""
+    assert speaker.tokenizer is not None
+    encode, sources = speaker.tokenizer.encode, plan.options.experts
     if plan.mode == "prompts":
-        coded = [
-            tuple(
-                [torch.from_numpy(tokenizer.encode(text, special=True)).long() for text in texts if text]
+        coded = []
+        for name, source in sources.items():
+            both = [
+                [torch.from_numpy(encode(text, special=True)).long() for text in texts if text]
                 for texts in (source.positive, source.negative)
-            )
-            for source in sources.values()
-        ]
-        return prompted(coded)  # type: ignore[arg-type]
-    windows = []
-    for name, source in sources.items():
-        ids = _text_ids(plan, name, [Path(file).expanduser() for file in source.calibration], tokenizer)
-        if len(ids):
-            windows.append(ids)
+            ]
+            for ids in (*both[0], *both[1]):
+                _check_ids(ids, plan, f"{name}: a prompt")
+            coded.append((both[0], both[1]))
+        return prompted(coded)
+    texts = {name: _text_ids(plan, name, speaker) for name, source in sources.items() if source.calibration}
+    length = min(plan.options.router.seq_len, plan.config.context, *(len(ids) for ids in texts.values()))
+    if length < 2:
+        shortest = min(texts, key=lambda name: len(texts[name]))
+        raise DataError(f"{shortest}: its calibration text has {len(texts[shortest])} tokens; give more")
+    windows = [ids[: len(ids) // length * length].view(-1, length) for ids in texts.values()]
     if plan.mode == "ridge":
         return labelled(windows)
     return unlabelled(plan.experts, torch.cat(windows), say)
 
 
-def _text_ids(plan: Plan, name: str, files: list[Path], tokenizer: Tokenizer) -> Tensor:
-    """The first ``router.tokens`` tokens of an expert's calibration text, as windows [n, T]."""
-    router, template = plan.options.router, load_template(plan.base.directory)
+def _text_ids(plan: Plan, name: str, speaker: Donor) -> Tensor:
+    """The first ``router.tokens`` tokens of an expert's calibration text."""
+    assert speaker.tokenizer is not None
+    most, template = plan.options.router.tokens, load_template(speaker.directory)
     pieces: list[list[int]] = []
     size = 0
-    for example in chain.from_iterable(read_examples(file) for file in files):
-        ids, _ = tokens_of(example, tokenizer, template)
+    files = [Path(file) for file in plan.options.experts[name].calibration]
+    for example in chain.from_iterable(read_examples(user_path(file)) for file in files):
+        ids, _ = tokens_of(example, speaker.tokenizer, template)
         pieces.append(ids.tolist())
         size += len(ids)
-        if size >= router.tokens:
+        if size >= most:
             break
-    flat = torch.tensor(list(chain.from_iterable(pieces)), dtype=torch.int64)[: router.tokens]
-    length = min(router.seq_len, len(flat), plan.config.context)
-    if files and length < 2:
-        raise DataError(f"{name}: its calibration text has {len(flat)} tokens; give more")
-    if files and int(flat.max()) >= plan.config.vocabulary:
-        raise DataError(f"{name}: its calibration text has tokens that the model does not")
-    return flat[: len(flat) // length * length].view(-1, length) if files else flat.view(0, router.seq_len)
+    flat = torch.tensor(list(chain.from_iterable(pieces)), dtype=torch.int64)[:most]
+    _check_ids(flat, plan, f"{name}: its calibration text")
+    return flat
+
+
+def _check_ids(ids: Tensor, plan: Plan, what: str) -> None:
+    if len(ids) and int(ids.max()) >= plan.config.vocabulary:
+        raise DataError(f"{what} has token {int(ids.max())}, and the model {plan.config.vocabulary} of them")
 
 
 def _card(plan: Plan, title: str, loss: float | None) -> str:

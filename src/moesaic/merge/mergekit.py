@@ -24,7 +24,6 @@ _KNOWN = {
     "dtype",
     "experts_per_token",
     "shared_experts",
-    "architecture",
 }
 _OF_EXPERTS = {"source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale"}
 _DTYPES = {"float32", "bfloat16", "float16"}
@@ -39,13 +38,13 @@ def read_mergekit(path: Path) -> dict[str, Any]:
     if not isinstance(table.get("base_model"), str):
         raise RecipeError(f"{path}: base_model: this key is required")
     mode = table.get("gate_mode", "hidden")
-    if mode not in _MODES:
+    if not isinstance(mode, str) or mode not in _MODES:
         raise RecipeError(f"{path}: gate_mode: {mode!r} is not supported; one of {', '.join(_MODES)} is")
     merged: dict[str, Any] = {"base": table["base_model"], "router": {"init": _MODES[mode]}, "experts": {}}
     if "experts_per_token" in table:
         merged["top_k"] = table["experts_per_token"]
     if (dtype := table.get("dtype")) is not None:
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise RecipeError(f"{path}: dtype: {dtype!r} is not supported; {', '.join(sorted(_DTYPES))} are")
         merged["dtype"] = dtype
     for number, expert in enumerate(_list(path, table, "experts")):
@@ -67,7 +66,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     try:
         table = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid YAML: nested too deeply") from None

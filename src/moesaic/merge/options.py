@@ -21,6 +21,13 @@ class ExpertSource(Options):
     negative: list[str] = Field([])
     calibration: list[str] = Field([])
 
+    @field_validator("positive", "negative")
+    @classmethod
+    def _says_something(cls, prompts: list[str]) -> list[str]:
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("a prompt is empty; leave it out")
+        return prompts
+
     @field_validator("calibration", mode="before")
     @classmethod
     def _one_file_is_a_list(cls, value: Any) -> Any:
@@ -130,22 +137,25 @@ def merge_options(
         table = read_mergekit(recipe) if yaml else read_toml(recipe)
     if base is not None:
         table["base"] = base
+    known = table.setdefault("experts", {})
+    if not isinstance(known, dict):
+        raise RecipeError(f"{where}: experts: should be a table of names, not {known!r}")
     for word in experts:
         name, equals, directory = word.partition("=")
         if not equals:
             name, directory = Path(word).name, word
-        given = table.setdefault("experts", {})
-        if name in given:
+        if name in known:
             raise RecipeError(f"--expert {word}: there is another expert {name!r}; give one of them a name")
-        given[name] = {"model": directory}
+        known[name] = {"model": directory}
     for word in calibration:
         name, equals, file = word.partition("=")
-        expert = table.get("experts", {}).get(name)
-        if not equals or expert is None:
+        expert = known.get(name)
+        if not equals or not isinstance(expert, str | dict):
             raise RecipeError(f"--calibration {word}: write NAME=FILE with the name of an expert")
         if isinstance(expert, str):
-            expert = table["experts"][name] = {"model": expert}
-        expert.setdefault("calibration", []).append(file)
+            expert = known[name] = {"model": expert}
+        before = expert.get("calibration", [])
+        expert["calibration"] = [*([before] if isinstance(before, str) else before), file]
     if "base" not in table:
         raise RecipeError("--base DIR: say which dense model the experts were tuned from")
     return validate(MergeOptions, apply_overrides(table, parse_overrides(overrides)), where)

@@ -140,16 +140,16 @@ def _forget_old_router(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) 
         model["router"] = {key: value for key, value in router.items() if key in known}
 
 
-def _begin_from(table: dict[str, Any]) -> None:
+def _begin_from(table: dict[str, Any], start: str, has_tokenizer: bool) -> None:
     """Take what a recipe leaves open from the model that it starts from."""
-    config, tokenizer = described(table["start"])
+    config, tokenizer = described(start)
     said = table.get("model")
     known = config.model_dump(mode="json", exclude_none=True)
     table["model"] = _over(known, said) if isinstance(said, dict) else known
     data = table.setdefault("data", {})
-    if isinstance(data, dict) and "tokenizer" not in data:
+    if isinstance(data, dict) and "tokenizer" not in data and not has_tokenizer:
         if tokenizer is None:
-            raise RecipeError(f"start = {table['start']}: has no tokenizer.json; set data.tokenizer")
+            raise RecipeError(f"start = {start}: has no tokenizer.json; put the model's own there")
         data["tokenizer"] = str(tokenizer)
 
 
@@ -173,8 +173,9 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, resume: bool = Fals
     if resume and path == Path(name) / "recipe.toml":
         table["out"] = name
     pairs = parse_overrides(overrides)
+    start = dict(pairs).get("start", table.get("start"))
+    if isinstance(start, str) and not resume:
+        _begin_from(table, start, "data.tokenizer" in dict(pairs))
     _forget_old_router(table, pairs)
     table = apply_overrides(table, pairs)
-    if isinstance(table.get("start"), str) and not resume:
-        _begin_from(table)
     return validate(Recipe, table, where=path.stem if path.parent.name == "recipes" else str(path))

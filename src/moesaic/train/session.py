@@ -24,6 +24,7 @@ from moesaic.train.recipe import Recipe
 from moesaic.weights.carried import TEMPLATE, carried_files
 from moesaic.weights.checkpoint import read_checkpoint
 from moesaic.weights.contents import Contents
+from moesaic.weights.shards import real_file
 
 
 @dataclass
@@ -164,13 +165,17 @@ def _carried(recipe: Recipe, begun: LM | None) -> dict[str, bytes]:
     files = {} if begun is None else carried_files(begun.path)
     template = None if recipe.data.template is None else Path(recipe.data.template).expanduser()
     if template is not None:
-        files |= carried_files(template) if template.is_dir() else {TEMPLATE: template.read_bytes()}
+        files |= (
+            carried_files(template) if template.is_dir() else {TEMPLATE: real_file(template).read_bytes()}
+        )
     return files
 
 
 def _take_weights(model: LanguageModel, start: str) -> LM:
     """Begin with the weights of the model in ``start``, in the precision that is trained in."""
     begun = load(start)
+    if model.config.tied and not begun.config.tied:
+        raise RecipeError(f"start = {start}: its embeddings and head are two matrices; leave model.tied out")
     try:
         model.load_state_dict(begun.model.state_dict())
     except RuntimeError as error:
