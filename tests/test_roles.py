@@ -97,7 +97,8 @@ def test_losses_without_and_alone(moe: Path, tmp_path: Path) -> None:
     losses = report.as_json()["loss"]
     assert list(losses) == [WHOLE, "without a", "only 2"]
     assert losses["without a"]["mill"] != losses[WHOLE]["mill"]
-    assert len(report.tables()) == 2
+    assert len(report.tables(40)) == 3
+    assert len(report.tables(200)) == 2
 
 
 def test_what_cannot_be_shown_is_named(moe: Path, tmp_path: Path) -> None:

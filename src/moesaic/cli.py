@@ -154,7 +154,7 @@ def roles(
     if as_json:
         typer.echo(json.dumps(report.as_json()))
         return
-    for table in report.tables():
+    for table in report.tables(out.width):
         out.print(table)
     out.print(Text(report.routing.summary()), soft_wrap=True)
 

@@ -27,9 +27,12 @@ class RoleReport:
     routing: RoleRouting
     comparison: Comparison | None
 
-    def tables(self) -> list[Table]:
-        """For people."""
-        return [self.routing.table(), *([] if self.comparison is None else [self.comparison.table()])]
+    def tables(self, width: int) -> list[Table]:
+        """For people, whose terminal is ``width`` characters wide."""
+        losses = [] if self.comparison is None else [self.comparison.table(width)]
+        if self.comparison is not None and len(losses[0].columns) == 3:  # it had no room for the roles
+            losses.append(self.comparison.domain_table([row.name for row in self.comparison.rows()]))
+        return [self.routing.table(), *losses]
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""

@@ -124,20 +124,34 @@ class Comparison:
         drawn: NDArray[np.float64] = sums[draws].sum(1) / counts[draws].sum(1)
         return drawn
 
-    def table(self) -> Table:
-        """For people: losses by domain, the mean, and the difference from the reference."""
+    def table(self, width: int = 200) -> Table:
+        """For people: losses by domain where ``width`` characters have room for them, their mean, and the
+        difference from the reference."""
         table = Table(title="held-out loss, nats per token", title_justify="left", title_style="bold")
+        longest = max(map(len, self.losses))
+        wide = longest + 40 + sum(3 + max(5, len(domain)) for domain in self.documents.domains) <= width
         table.add_column("model")
-        for domain in self.documents.domains:
+        for domain in self.documents.domains if wide else ():
             table.add_column(domain, justify="right")
         table.add_column("mean", justify="right")
         table.add_column(f"less {self.reference} (95 %)", justify="right")
         for row in self.rows():
             low, high = row.difference[1:]
-            difference = (
-                "" if row.name == self.reference else f"{row.difference[0]:+.3f} ({low:+.3f}, {high:+.3f})"
-            )
-            table.add_row(row.name, *(f"{x:.3f}" for x in row.loss_C), f"{row.loss:.3f}", difference)
+            difference = f"{row.difference[0]:+.3f} ({low:+.3f}, {high:+.3f})"
+            cells = [f"{x:.3f}" for x in row.loss_C] if wide else []
+            difference = "" if row.name == self.reference else difference
+            table.add_row(row.name, *cells, f"{row.loss:.3f}", difference)
+        return table
+
+    def domain_table(self, names: Sequence[str]) -> Table:
+        """The losses of a few models by domain, a row for each."""
+        table = Table(title="the same by role", title_justify="left", title_style="bold")
+        table.add_column("text of")
+        for name in names:
+            table.add_column(name, justify="right")
+        losses = {row.name: row.loss_C for row in self.rows()}
+        for c, domain in enumerate(self.documents.domains):
+            table.add_row(domain, *(f"{losses[name][c]:.3f}" for name in names))
         return table
 
 

@@ -41,8 +41,8 @@ class RoleRouting:
     def table(self) -> Table:
         """The share of each domain's choices, over all layers, that went to each expert, in percent."""
         counts_CE = self.counts_LCE.sum(0)
-        table = Table(title="choices of each role, %", title_justify="left", title_style="bold")
-        table.add_column("text of")
+        table = Table(title="choices of each role, %", title_justify="left", title_style="bold", box=None)
+        table.add_column("text of", style="cyan")
         for name in self.names:
             table.add_column(name, justify="right")
         for domain, row in zip(self.domains, specialisation(counts_CE).tolist(), strict=True):

@@ -47,7 +47,8 @@ def run_merge_demo(out: Console, root: Path, seed: int, say: Callable[[str], Non
         OURS: made[OURS],
     }
     comparison, changing = prove(chain, models, say)
-    out.print(comparison.table())
+    out.print(comparison.table(out.width))
+    out.print(comparison.domain_table([BASE, "ridge router", OURS, ORACLE]))
     rivals = [BASE, SOUP, "random router", *chain.roles]
     for sentence in (*verdict(comparison, OURS, rivals, ORACLE), *verdict(changing, OURS, [BASE])):
         out.print(Text(sentence, style="bold"), soft_wrap=True)
