@@ -10,6 +10,11 @@ import torch
 from moesaic.data.tokenizers import Tokenizer
 
 TEXT = "the old mill by the stream turns and turns; a miller counts his sacks: 1, 2, 3.\n"
+# A chat template that a character tokenizer of TEXT can read.
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 SHAPE: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 40,

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from dense_donors import change, chat_template, dense
+from dense_donors import TEMPLATE, change, chat_template, dense
 from rich.console import Console
 
 transformers = pytest.importorskip("transformers")
@@ -16,11 +16,6 @@ from moesaic.data.chat import PLAIN_TEMPLATE  # noqa: E402
 from moesaic.errors import RecipeError  # noqa: E402
 from moesaic.merge.merge import merge  # noqa: E402
 from moesaic.merge.options import MergeOptions  # noqa: E402
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_donors import chat_template, dense
+from dense_donors import TEMPLATE, chat_template, dense
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,11 +23,6 @@ from moesaic.analysis.compare import (  # noqa: E402
 )
 from moesaic.data.corpora import DataOptions  # noqa: E402
 from moesaic.data.examples import ExampleStore, prepare_examples  # noqa: E402
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
 
 
 @pytest.fixture

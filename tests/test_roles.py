@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_donors import change, chat_template, dense
+from dense_donors import TEMPLATE, change, chat_template, dense
 from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
@@ -18,10 +18,6 @@ from moesaic.merge.merge import merge  # noqa: E402
 from moesaic.merge.options import MergeOptions  # noqa: E402
 from moesaic.weights.shards import Shards  # noqa: E402
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
 IDS = torch.randint(20, (2, 9), generator=torch.Generator().manual_seed(0))
 
 

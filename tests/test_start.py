@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_donors import chat_template, dense
+from dense_donors import TEMPLATE, chat_template, dense
 
 transformers = pytest.importorskip("transformers")
 
@@ -16,10 +16,6 @@ from moesaic.merge.options import merge_options  # noqa: E402
 from moesaic.train.loop import run  # noqa: E402
 
 FEW = ["train.steps=6", "train.batch_size=4", "train.seq_len=48", "train.precision=fp32", "eval.every=6"]
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
 
 
 def roles(root: Path) -> dict[str, Path]:

@@ -25,13 +25,6 @@ from moesaic.weights.hf import write_tensors
 from moesaic.weights.shards import read_json_file, real_file
 
 Say = Callable[[str], None]
-# By docs/merge.md; llama.cpp does not renormalise Qwen2-MoE's weights, and has no FlexOlmo.
-LOADERS = {
-    "mixtral": "stock `transformers`, vLLM and llama.cpp",
-    "qwen3_moe": "stock `transformers`, vLLM and llama.cpp",
-    "qwen2_moe": "stock `transformers` and vLLM",
-    "flex_olmo": "stock `transformers`",
-}
 _STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # between base and average, of shared = auto
 
 
