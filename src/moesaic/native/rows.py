@@ -14,8 +14,8 @@ from moesaic.native import library
 from moesaic.native.library import kernel, numbers
 
 # Rows for each matrix up to which these are faster than PyTorch's products on a Zen 4: 512 matrices of
-# 256 x 512 take 14.9 ms against 22.8 batched with 8 rows of float32, 6.9 against 11.9 with 4 of bfloat16; with
-# 16 rows they lose, 32 against 26 and 29 against 16.
+# 256 x 512 take 14.9 ms against 22.8 batched with 8 rows of float32, 6.9 against 11.9 with 4 of bfloat16;
+# with 16 rows they lose, 32 against 26 and 29 against 16.
 _FEW = {torch.float32: 8, torch.bfloat16: 4, torch.int8: 4}
 _KINDS = ("swiglu", "relu", "gelu", "relu2")  # the order of rows.cpp's Kind
 
