@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import DataError
+from moesaic.losses import token_losses
 from moesaic.machine import multiplies_bf16
 from moesaic.merge.donors import Donor
 from moesaic.merge.options import RouterInit, RouterMode
@@ -31,6 +32,7 @@ from moesaic.model.transformer import Block, LanguageModel
 Say = Callable[[str], None]
 
 _BATCH_TOKENS = 2048
+_MOST_LOGITS = 2**24  # numbers at once: 64 MB, thrice
 _WINDOW = 32  # tokens over which a dense expert's loss is averaged: one token says too little
 
 
@@ -212,7 +214,7 @@ def _final_loss(
         real_BT = calibration.real_NT[b][:, 1:]
         hidden_RD = outer.model.norm(x_BTD)[:, :-1][real_BT]
         target_R = calibration.ids_NT[b][:, 1:][real_BT]
-        total += float(F.cross_entropy(outer.lm_head(hidden_RD).float(), target_R, reduction="sum"))
+        total += float(token_losses(hidden_RD, outer.lm_head, target_R, max_logits=_MOST_LOGITS).sum())
         count += len(target_R)
     return total / max(count, 1)
 

@@ -14,7 +14,7 @@ from moesaic.data.pretrain import prepare
 from moesaic.data.store import Store
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import human_size
-from moesaic.lm import LM, load
+from moesaic.lm import load
 from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel
@@ -54,8 +54,7 @@ class Session:
     @property
     def bf16(self) -> bool:
         """Whether matrix products run in bfloat16."""
-        wanted = self.recipe.train.precision
-        return wanted == "bf16" or (wanted == "auto" and multiplies_bf16(self.device))
+        return _in_bf16(self.recipe, self.device)
 
     def precision(self) -> AbstractContextManager[object]:
         """The context that forward passes run in."""
@@ -144,9 +143,11 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
     config = recipe.model.model_copy(update={"vocab_size": vocabulary})
     _check_memory(config, recipe, device)
     torch.manual_seed(recipe.seed)
-    model = LanguageModel(config).to(device)
-    begun = None if recipe.start is None else _take_weights(model, recipe.start)
+    with torch.device("cpu" if recipe.start is None else "meta"):
+        model = LanguageModel(config)
     freeze(model, recipe, say)
+    begun = None if recipe.start is None else _take_weights(model, recipe, device)
+    model.to(device)
     return Session(
         recipe=recipe,
         store=store,
@@ -160,7 +161,15 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
     )
 
 
-def _carried(recipe: Recipe, begun: LM | None) -> dict[str, bytes]:
+@dataclass(frozen=True)
+class Begun:
+    """What is kept of the model that a run starts from, besides its weights."""
+
+    path: Path
+    stop_ids: frozenset[int]
+
+
+def _carried(recipe: Recipe, begun: Begun | None) -> dict[str, bytes]:
     """What belongs to a model besides weights and tokenizer: its chat template above all."""
     files = {} if begun is None else carried_files(begun.path)
     template = None if recipe.data.template is None else Path(recipe.data.template).expanduser()
@@ -171,17 +180,41 @@ def _carried(recipe: Recipe, begun: LM | None) -> dict[str, bytes]:
     return files
 
 
-def _take_weights(model: LanguageModel, start: str) -> LM:
-    """Begin with the weights of the model in ``start``, in the precision that is trained in."""
-    begun = load(start)
+def _take_weights(model: LanguageModel, recipe: Recipe, device: str) -> Begun:
+    """Give ``model``, which has no storage yet, the weights of the model that the recipe starts from.
+
+    All become float32, but for frozen experts that lie in bfloat16 where products are made in it: they would be
+    rounded back to what they were for every product, and eight experts of SmolLM2-135M are 2.5 GB in float32.
+    """
+    begun = load(str(recipe.start))
     if model.config.tied and not begun.config.tied:
-        raise RecipeError(f"start = {start}: its embeddings and head are two matrices; leave model.tied out")
+        raise RecipeError(
+            f"start = {recipe.start}: its embeddings and head are two matrices; leave model.tied out"
+        )
+    stored = begun.model.state_dict()
+    if begun.config.tied and not model.config.tied:  # one matrix becomes two
+        stored["lm_head.weight"] = stored["lm_head.weight"].clone()
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_bf16 = _in_bf16(recipe, device)
+    for name, tensor in stored.items():
+        kept = in_bf16 and ".mlp.experts." in name and name not in trains and tensor.dtype == torch.bfloat16
+        stored[name] = tensor if kept or not tensor.is_floating_point() else tensor.float()
     try:
-        model.load_state_dict(begun.model.state_dict())
+        model.load_state_dict(stored, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise RecipeError(f"start = {start}: model.* makes another model of it: {reason}") from None
-    return begun
+        raise RecipeError(f"start = {recipe.start}: model.* makes another model of it: {reason}") from None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trains)
+    if model.config.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return Begun(begun.path, begun.stop_ids)
+
+
+def _in_bf16(recipe: Recipe, device: str) -> bool:
+    """Whether matrix products run in bfloat16."""
+    wanted = recipe.train.precision
+    return wanted == "bf16" or (wanted == "auto" and multiplies_bf16(device))
 
 
 def _check_memory(config: ModelConfig, recipe: Recipe, device: str) -> None:
