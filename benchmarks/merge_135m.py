@@ -58,18 +58,11 @@ def main() -> None:
     text = [word for role, file in roles.items() for word in ("--calibration", f"{role}={file}")]
     paths = [f"data.path.{role}={file}" for role, file in roles.items()]
     train = [f"start={home / 'ridge'}", *paths, f"train.steps={args.steps}", f"out={home / 'run'}"]
-    train += ["train.batch_size=4", "train.seq_len=128", f"eval.every={args.steps}", "checkpoint.every=1000"]
+    train += ["train.batch_size=2", "train.seq_len=128", f"eval.every={args.steps}", "checkpoint.every=1000"]
     stages = {
         "merge, random router": [*command, str(home / "random"), *donors],
         "merge, ridge router": [*command, str(home / "ridge"), *donors, *text],
-        f"router, {args.steps} steps of 4 × 128": [
-            sys.executable,
-            "-m",
-            "moesaic",
-            "train",
-            "router",
-            *train,
-        ],
+        f"router, {args.steps} steps of 2 × 128": [*MOESAIC, "train", "router", *train],
         "export": [*MOESAIC, "export", str(home / "run"), str(home / "final")],
         "opened by transformers": [sys.executable, "-c", OPEN, str(home / "final")],
     }
@@ -101,8 +94,7 @@ def make_donors(home: Path, roles: list[str]) -> None:
 
 
 def run(words: list[str]) -> tuple[str, int]:
-    """What a command prints, and the most memory that it held, in bytes. Its files, which are mapped,
-    count."""
+    """What a command prints, and the most memory that it held, in bytes."""
     wrap = (
         "import resource, subprocess, sys;"
         "done = subprocess.run(sys.argv[1:], capture_output=True, text=True);"

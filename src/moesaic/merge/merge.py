@@ -13,7 +13,7 @@ from moesaic.data.chat import load_template
 from moesaic.data.instructions import read_examples, tokens_of
 from moesaic.errors import DataError, RecipeError, ResourceError
 from moesaic.files import free_bytes, human_size
-from moesaic.machine import available_memory
+from moesaic.machine import available_memory, return_freed_memory
 from moesaic.merge.donors import Donor, open_donors, user_path, widest
 from moesaic.merge.options import MergeOptions, RouterMode
 from moesaic.merge.router_fit import Calibration, fit_router, labelled, prompted, unlabelled
@@ -112,6 +112,7 @@ def merge(options: MergeOptions, out: Path, say: Say, *, overwrite: bool = False
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise RecipeError(f"{out}: exists; choose another name, or say --overwrite to replace it")
     _check_room(plan, out)
+    return_freed_memory()
     for note in plan.notes():
         say(note)
     merged = Merged(plan.base, plan.experts, options, plan.family, plan.config)
