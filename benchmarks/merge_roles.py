@@ -3,15 +3,13 @@
     python benchmarks/merge_roles.py ../shared/data/experts --seeds 1 2 3
 
 A small base of Llama's shape is trained on all roles, an expert of each role from it, tuned in everything or
-(with --networks-only) in its feed-forward networks alone. Printed for each seed: loss by role, the mean, its
-difference from the base with a 95 % interval of the paired bootstrap, and a verdict; at the end the share of
-the gap from base to oracle that is closed.
-
-SmolMoE's own recipe is reconstructed, since its constants are not public: all that is shared comes from one
-expert, the router is random, and the balance loss is summed over the layers.
+in its feed-forward networks alone. Printed for each seed: loss by role, the mean, its difference from the
+base with a 95 % interval of the paired bootstrap, and a verdict; at the end the share of the gap from base to
+oracle that is closed.
 """
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -19,12 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from timing import header
 
-from moesaic.analysis.compare import gap_closed, verdict
-from moesaic.model.transformer import LanguageModel
-from moesaic.train.merge_chain import BASE, ORACLE, OURS, SOUP, Chain, prove
-
-RIDGE, ROUTER = "ridge router", "ridge + router"
-DENSE = "dense, all data, as many steps"
+from moesaic.train.merge_chain import Chain
+from moesaic.train.merge_proof import Rivals, prove, rivals
 
 
 def main() -> None:
@@ -43,40 +37,24 @@ def main() -> None:
         for networks_only in (False, True):
             started = time.perf_counter()
             chain = Chain(args.out / str(seed), roles, seed=seed, networks_only=networks_only)
-            models = contestants(chain)
-            comparison, changing = prove(chain, models, _say)
+            parts = chain.make_parts(_say)
+            ours = chain.stages(parts, _say)
+            steps = chain.expert_steps + chain.router_steps + chain.shared_steps
+            others, left_out = rivals(parts, Rivals(chain.router_steps, steps), _say)
+            proof = prove(parts, others, ours, left_out, _say)
             took = time.perf_counter() - started
             console.print(f"\nseed {seed}, experts tuned in: {chain.kind} ({took:.0f} s)", style="bold")
-            console.print(comparison.table())
-            console.print(changing.table())
-            rivals = [name for name in models if name not in (DENSE, RIDGE, ROUTER, OURS)]
-            for sentence in (*verdict(comparison, OURS, rivals, ORACLE), *verdict(changing, OURS, [BASE])):
+            for table in proof.tables(180):
+                console.print(table)
+            for sentence in proof.sentences():
                 console.print(sentence)
-            for name in (RIDGE, ROUTER, OURS):
-                closed.setdefault(f"{chain.kind}: {name}", []).append(gap_closed(comparison, name, ORACLE))
+            (parts.root / "proof.json").write_text(json.dumps(proof.as_json(), indent=1))
+            for name, share in proof.closed.items():
+                closed.setdefault(f"{chain.kind}: {name}", []).append(share)
     print("\nshare of the gap from base to oracle that is closed, seed by seed")
     for name, shares in closed.items():
         said = ", ".join(f"{share:.2f}" for share in shares)
         print(f"{name:36} {said}  (median {statistics.median(shares):.2f})")
-
-
-def contestants(chain: Chain) -> dict[str, Path | LanguageModel]:
-    """Everything that can be made of the same parts, by name."""
-    made, first = chain.run(_say), next(iter(chain.roles))
-    models: dict[str, Path | LanguageModel] = {BASE: made[BASE]}
-    models |= {role: made[role] for role in chain.roles}
-    models[SOUP] = chain.soup(_say)
-    models["random router"] = chain.merged("random", _say, router={"init": "random"})
-    models["mergekit's hidden router"] = chain.merged("hidden", _say, router={"init": "prompts"})
-    smol = chain.merged("smol-merge", _say, shared=f"expert:{first}", router={"init": "random"})
-    settings = [f"loss.balance={0.01 * 4}", "data.join=0", "optim.lr=1e-3"]  # summed over the 4 layers
-    name = f"{chain.kind}-smol"
-    models["SmolMoE's recipe"] = chain.stage(name, "router", smol, chain.router_steps, _say, settings)
-    models |= {RIDGE: made["merge"], ROUTER: made["merge + router"], OURS: made[OURS]}
-    steps = chain.expert_steps + chain.router_steps + chain.shared_steps
-    settings = [f"optim.lr={chain.lr}", "train.only=[]", "data.join=0.5"]
-    models[DENSE] = chain.stage("dense", "expert", made[BASE], steps, _say, settings)
-    return models
 
 
 def _say(text: str) -> None:

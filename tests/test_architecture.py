@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "analysis",
         "train",
         "serve",
+        "cli",
     },
     "": {"analysis", "export", "lm", "machine", "routing", "train"},  # the package itself hands names on
 }
@@ -117,7 +118,7 @@ def test_the_table_refuses_what_it_should() -> None:
     assert allowed("weights.merge", "data.tokenizers")
     assert not allowed("data.corpora", "model.config")
     assert not allowed("serve.server", "train.loop")
-    assert not any(allowed(name, "cli") for name in MODULES if name)
+    assert not any(allowed(name, "cli") for name in MODULES if name and owner(name) != "cli")
 
 
 def test_no_module_reaches_itself() -> None:

@@ -314,7 +314,7 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network")
 
     hub_with(monkeypatch, offline)
-    with pytest.raises(DataError, match=r"data\.dataset=owner/set: cannot be read after row 0: no network"):
+    with pytest.raises(DataError, match=r"dataset owner/set: cannot be read after row 0: no network"):
         read(options)
     hub_with(monkeypatch, lambda: iter([{"text": "a"}, {"body": "b"}]))
     with pytest.raises(DataError, match=r"owner/set: row 2: no field 'text'; set data.field to one of: body"):

@@ -41,7 +41,7 @@ def test_the_demo_ends_with_a_verdict_a_table_and_an_answer(
     text = written.getvalue()
     for words in (
         "held-out loss",
-        "merge + router + shared is",
+        "+ shared trained is",
         "of the gap from base to oracle",
         "bits of the role",
     ):

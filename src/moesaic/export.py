@@ -13,6 +13,7 @@ from moesaic.lm import LM, load
 from moesaic.weights.carried import carried_files
 from moesaic.weights.gguf import KINDS, write_gguf
 from moesaic.weights.hf import model_type, tokenizer_files, write_hf
+from moesaic.weights.manifest import CARD
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,7 +53,7 @@ def export_model(
                 raise RecipeError(f"--dtype {dtype} cannot hold all of the weights; use bfloat16")
     files = {} if tokenizer is None else tokenizer_files(tokenizer)
     files |= carried_files(lm.path)
-    files["README.md"] = model_card(lm, out.name).encode()
+    files[CARD] = model_card(lm, out.name).encode()
     return write_hf(out, config, lm.model, files, eos, model_type(lm.path)).architecture
 
 

@@ -85,14 +85,16 @@ def keep_freed_memory() -> None:
     Activations of every step are allocated and freed; without this each step pays for their pages
     again. Nothing happens on other C libraries. Called where training and inference begin.
     """
-    _set_malloc(trim_threshold=2**31 - 1, top_pad=64 * 2**20, mmap_threshold=32 * 2**20)  # the most it accepts
+    _set_malloc(
+        trim_threshold=2**31 - 1, top_pad=64 * 2**20, mmap_threshold=32 * 2**20
+    )  # the most it accepts
 
 
 def return_freed_memory() -> None:
     """Tell glibc to give back what is freed, in pieces of a megabyte and more.
 
-    Where tensors of many sizes come and go once, what is kept becomes holes: fitting the routers of eight models
-    of SmolLM2-135M's shape held 3.0 GB at the end, and 1.5 with this.
+    Where tensors of many sizes come and go once, what is kept becomes holes: fitting the routers of eight
+    models of SmolLM2-135M's shape held 3.0 GB at the end, and 1.5 with this.
     """
     _set_malloc(trim_threshold=16 * 2**20, top_pad=0, mmap_threshold=2**20)
 

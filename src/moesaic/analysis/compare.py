@@ -124,10 +124,10 @@ class Comparison:
         drawn: NDArray[np.float64] = sums[draws].sum(1) / counts[draws].sum(1)
         return drawn
 
-    def table(self, width: int = 200) -> Table:
+    def table(self, width: int = 200, title: str = "held-out loss, nats per token") -> Table:
         """For people: losses by domain where ``width`` characters have room for them, their mean, and the
         difference from the reference."""
-        table = Table(title="held-out loss, nats per token", title_justify="left", title_style="bold")
+        table = Table(title=title, title_justify="left", title_style="bold")
         longest = max(map(len, self.losses))
         wide = longest + 40 + sum(3 + max(5, len(domain)) for domain in self.documents.domains) <= width
         table.add_column("model")

@@ -9,6 +9,8 @@ import hashlib
 import http.client
 import json
 import os
+import random
+import string
 import sys
 import sysconfig
 import tokenize
@@ -32,6 +34,7 @@ Texts: TypeAlias = Callable[[], Iterable[str]]
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 STDLIB_MAX_CHARS = 1_500_000
+_RANDOM_CHARS = 200_000
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _NOT_CODE = {"idlelib", "pydoc_data", "lib2to3"}
@@ -41,7 +44,8 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 class DataOptions(Options):
     """Which text to train on, how it becomes tokens, and how much of it is held out."""
 
-    source: Literal["stdlib", "tiny_shakespeare", "files", "hub", "instructions"] = "stdlib"
+    # random: letters without sense, to see that a machine runs; it teaches nothing.
+    source: Literal["stdlib", "tiny_shakespeare", "files", "hub", "instructions", "random"] = "stdlib"
     # A file or a glob (``**`` and ``~`` are understood), several, or domain label -> glob. A file's domain is
     # its name, a glob's the last folder before its first wildcard.
     path: str | list[str] | dict[str, str] | None = None
@@ -65,7 +69,7 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _source_fits_its_path(self) -> Self:
-        if self.path is not None and self.source in ("stdlib", "hub"):
+        if self.path is not None and self.source in ("stdlib", "hub", "random"):
             raise ValueError(f'path is given, but source={self.source} reads no path; set source="files"')
         if self.dataset is not None and self.source != "hub":
             raise ValueError(f'dataset is given, but source={self.source} reads none; set source="hub"')
@@ -104,6 +108,7 @@ class Corpus:
     max_chars: int | None = None
     max_documents: int | None = None
     left_out: set[str] = field(default_factory=set)
+    notes: tuple[str, ...] = ()
 
     def domains(self) -> list[str]:
         """The labels, in reading order."""
@@ -300,27 +305,72 @@ def _downloaded_shakespeare(cache: Path) -> Path:
 
 
 def _hub(options: DataOptions) -> Corpus:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError("data.source=hub needs datasets: pip install 'moesaic[hub]'") from None
+    _datasets("data.source=hub")
     name = str(options.dataset)
     which = {"source", "dataset", "dataset_config", "dataset_split", "dataset_revision", "field"}
     identity = options.model_dump(include=which)
-    texts = {name.rpartition("/")[2]: partial(_hub_texts, datasets.load_dataset, name, options)}
+    texts = {name.rpartition("/")[2]: partial(_hub_texts, name, options)}
     return Corpus(texts, identity, f"Hub dataset {name}", options.max_chars, options.max_documents)
 
 
-def _hub_texts(load: Callable[..., Any], name: str, options: DataOptions) -> Iterator[str]:
-    row, which = 0, {"split": options.dataset_split, "revision": options.dataset_revision}
+def _hub_texts(name: str, options: DataOptions) -> Iterator[str]:
+    which = (options.dataset_config, options.dataset_split, options.dataset_revision)
+    for where, row in hub_rows(name, *which):
+        yield text_of(row, options.field, where)
+
+
+def hub_rows(
+    name: str, config: str | None, split: str, revision: str | None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a dataset on the Hub as they come over the network, each with where it stands. Raises
+    DataError."""
+    datasets, row = _datasets(f"dataset {name}"), 0
     try:
-        for row, values in enumerate(load(name, options.dataset_config, **which, streaming=True), 1):
-            yield text_of(values, options.field, f"{name}: row {row}")
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        for row, values in enumerate(rows, 1):
+            yield f"{name}: row {row}", values
     except DataError:
         raise
     except Exception as error:  # the network, the Hub and the formats raise whatever they like
-        raise DataError(f"data.dataset={name}: cannot be read after row {row}: {error}") from error
+        raise DataError(f"dataset {name}: cannot be read after row {row}: {error}") from error
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{what} needs datasets: pip install 'moesaic[hub]'") from None
+    return datasets
+
+
+def _random(options: DataOptions) -> Corpus:
+    """Random letters, for a run that only shows that everything runs."""
+    size, seed = options.max_chars or _RANDOM_CHARS, 0
+    return Corpus(
+        {"random": partial(_random_texts, size, seed)},
+        {"source": "random", "size": size},
+        "random letters",
+        notes=(
+            "data.source = random: the text is random letters and TEACHES NOTHING; no loss of this run means "
+            "anything",
+        ),
+    )
+
+
+def _random_texts(size: int, seed: int) -> Iterator[str]:
+    draw = random.Random(seed)
+    while size > 0:
+        words = ("".join(draw.choices(string.ascii_lowercase, k=draw.randint(1, 9))) for _ in range(200))
+        text = " ".join(words)[:size]
+        size -= len(text)
+        yield text
 
 
 SOURCES: dict[str, Callable[[DataOptions], Corpus]]
-SOURCES = {"stdlib": _stdlib, "tiny_shakespeare": _tiny_shakespeare, "files": _files, "hub": _hub}
+SOURCES = {
+    "stdlib": _stdlib,
+    "tiny_shakespeare": _tiny_shakespeare,
+    "files": _files,
+    "hub": _hub,
+    "random": _random,
+}

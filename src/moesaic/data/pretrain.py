@@ -103,7 +103,7 @@ def _build(
     tokenizer.save(folder / "tokenizer.json")
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     shards: list[Shard] = []
-    notes: list[str] = []
+    notes = list(corpus.notes)
     for domain in corpus.domains():
         file = _file_name(domain, {shard.file.lower() for shard in shards})
         documents = corpus.documents(domain)

@@ -24,11 +24,15 @@ def _read_jsonl(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
 
 
 def read_rows(path: Path, max_line_bytes: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each JSON object of a JSONL file with its ``file:line``; blank lines are passed over.
+    """Each JSON object of a JSONL file with its ``file:line``, blank lines passed over, or each row of a
+    Parquet file with its number.
 
     Raises DataError with file and line for broken UTF-8 or JSON, a key given twice, a line above
     ``max_line_bytes`` (never read whole) and a row that is no object; and for a file without rows.
     """
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet_rows(path)
+        return
     offset, number, found = 0, 0, False
     try:
         with path.open("rb") as file:
@@ -90,6 +94,12 @@ def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _read_parquet(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
+    for where, row in _parquet_rows(path, field):
+        yield text_of(row, field, where)
+
+
+def _parquet_rows(path: Path, only: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row; of it the column ``only`` alone, if the file has it."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -98,12 +108,11 @@ def _read_parquet(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = [field] if field in names else names
+            columns = [only] if only in file.schema_arrow.names else None
             for batch in file.iter_batches(columns=columns, batch_size=1024):
                 for values in batch.to_pylist():
                     row += 1
-                    yield text_of(values, field, f"{path}: row {row}")
+                    yield f"{path}: row {row}", values
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file, or damaged: {error}") from None
     if not row:

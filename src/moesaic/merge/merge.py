@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.config import dump_toml
 from moesaic.data.chat import load_template
 from moesaic.data.instructions import read_examples, tokens_of
 from moesaic.errors import DataError, RecipeError, ResourceError
@@ -19,9 +20,10 @@ from moesaic.merge.options import MergeOptions, RouterMode
 from moesaic.merge.router_fit import Calibration, fit_router, labelled, prompted, unlabelled
 from moesaic.merge.tensors import Merged, target_of
 from moesaic.model.config import ModelConfig
-from moesaic.weights.carried import carried_files
+from moesaic.weights.carried import MERGE, carried_files
 from moesaic.weights.families import Family
 from moesaic.weights.hf import write_tensors
+from moesaic.weights.manifest import CARD
 from moesaic.weights.shards import read_json_file, real_file
 
 Say = Callable[[str], None]
@@ -122,7 +124,7 @@ def merge(options: MergeOptions, out: Path, say: Say, *, overwrite: bool = False
     files = carried_files(speaker.directory)
     if speaker.tokenizer is not None:
         files["tokenizer.json"] = real_file(speaker.directory / "tokenizer.json").read_bytes()
-    files["README.md"] = _card(plan, out.name, loss).encode()
+    files |= {CARD: _card(plan, out.name, loss).encode(), MERGE: dump_toml(options).encode()}
     extra = _special_ids(plan.base) | _special_ids(speaker)
     write_tensors(out, plan.config, plan.family, merged.on_disk(plan.dtype), plan.dtype, files, extra)
     return plan

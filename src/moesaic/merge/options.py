@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from moesaic.config import Options, apply_overrides, parse_overrides, read_toml, validate
 from moesaic.errors import RecipeError
 from moesaic.merge.mergekit import read_mergekit
+from moesaic.weights.carried import MERGE
 
 RouterMode = Literal["ridge", "ridge-unlabelled", "prompts", "random", "zero"]
 
@@ -159,3 +160,9 @@ def merge_options(
     if "base" not in table:
         raise RecipeError("--base DIR: say which dense model the experts were tuned from")
     return validate(MergeOptions, apply_overrides(table, parse_overrides(overrides)), where)
+
+
+def recorded_options(directory: Path) -> MergeOptions | None:
+    """The recipe that a merge, or what was trained from it, carries along; None where there is none."""
+    path = next((p for p in (directory / MERGE, directory / "model" / MERGE) if p.exists()), None)
+    return None if path is None else validate(MergeOptions, read_toml(path), str(path))

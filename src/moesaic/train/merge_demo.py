@@ -7,13 +7,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from moesaic.analysis.compare import held_out, verdict
+from moesaic.analysis.compare import held_out
 from moesaic.analysis.roles import route_roles
 from moesaic.chat import Chat
 from moesaic.data.roles import write_roles
 from moesaic.lm import load
-from moesaic.model.transformer import LanguageModel
-from moesaic.train.merge_chain import BASE, ORACLE, OURS, SOUP, Chain, prove
+from moesaic.train.merge_chain import OURS, Chain
+from moesaic.train.merge_proof import Rivals, prove, rivals
+from moesaic.weights.card import write_measured
 
 QUESTION = "Ada has 12 apples. Ben brings 3 bags of 4. How many are there?"
 
@@ -36,29 +37,22 @@ def run_merge_demo(out: Console, root: Path, seed: int, say: Callable[[str], Non
         seq_len=128,
         vocab_size=1024,
     )
-    made = chain.run(say)
-    models: dict[str, Path | LanguageModel] = {
-        BASE: made[BASE],
-        **{role: made[role] for role in chain.roles},
-        SOUP: chain.soup(say),
-        "random router": chain.merged("random", say, router={"init": "random"}),
-        "ridge router": made["merge"],
-        "ridge + router": made["merge + router"],
-        OURS: made[OURS],
-    }
-    comparison, changing = prove(chain, models, say)
-    out.print(comparison.table(out.width))
-    out.print(comparison.domain_table([BASE, "ridge router", OURS, ORACLE]))
-    rivals = [BASE, SOUP, "random router", *chain.roles]
-    for sentence in (*verdict(comparison, OURS, rivals, ORACLE), *verdict(changing, OURS, [BASE])):
+    parts = chain.make_parts(say)
+    ours = chain.stages(parts, say)
+    others, left_out = rivals(parts, Rivals(), say)
+    proof = prove(parts, others, ours, left_out, say)
+    for table in proof.tables(out.width):
+        out.print(table)
+    for sentence in proof.sentences():
         out.print(Text(sentence, style="bold"), soft_wrap=True)
-    lm = load(made[OURS])
-    routing = route_roles(lm, held_out(chain.store()), chain.seq_len)
+    lm = load(ours[OURS])
+    write_measured(ours[OURS], proof.markdown())
+    routing = route_roles(lm, held_out(parts.store()), chain.seq_len)
     out.print(routing.table())
     out.print(Text(routing.summary()), soft_wrap=True)
     out.print(Text(f"\nyou: {QUESTION}"))
     talk = Chat(lm, max_new_tokens=60, temperature=0.0)
     out.print(Text("it:  " + "".join(talk.answer(QUESTION)).strip().replace("\n", "\n     ")))
-    out.print(Text(f"\n{time.perf_counter() - started:.0f} s. It opens in stock transformers: {made[OURS]}"))
-    out.print(Text(f"{program} chat {made[OURS]} --experts"), soft_wrap=True)
-    return made[OURS]
+    out.print(Text(f"\n{time.perf_counter() - started:.0f} s. It opens in stock transformers: {ours[OURS]}"))
+    out.print(Text(f"{program} chat {ours[OURS]} --experts"), soft_wrap=True)
+    return ours[OURS]

@@ -183,9 +183,9 @@ def _carried(recipe: Recipe, begun: Begun | None) -> dict[str, bytes]:
 def _take_weights(model: LanguageModel, recipe: Recipe, device: str) -> Begun:
     """Give ``model``, which has no storage yet, the weights of the model that the recipe starts from.
 
-    All become float32, but for frozen experts that lie in bfloat16 where products are made in it: they would be
-    rounded back to what they were for every product, and eight experts of SmolLM2-135M are 2.5 GB in float32.
-    """
+    All become float32, but for frozen experts that lie in bfloat16 where products are made in it: they would
+    be rounded back to what they were for every product, and eight experts of SmolLM2-135M are 2.5 GB in
+    float32."""
     begun = load(str(recipe.start))
     if model.config.tied and not begun.config.tied:
         raise RecipeError(

@@ -1,4 +1,5 @@
-"""What a model directory carries besides weights: special tokens, chat template; JSON and text alone."""
+"""What a model directory carries besides weights: special tokens, chat template, what it was merged of; JSON
+and text alone."""
 
 import json
 import os
@@ -7,7 +8,8 @@ from pathlib import Path
 from moesaic.weights.shards import read_json_file, real_file
 
 TEMPLATE = "chat_template.jinja"
-_CARRIED = ("special_tokens_map.json", "tokenizer_config.json", TEMPLATE)
+MERGE = "merge.toml"  # the recipe of a merge, as mergekit leaves its own
+_CARRIED = ("special_tokens_map.json", "tokenizer_config.json", TEMPLATE, MERGE)
 _MOST_BYTES = 64 * 2**20
 
 

@@ -2,7 +2,7 @@
 
 A directory is believed only if ``manifest.json`` holds exactly the bytes that were written and the
 other files are exactly those it lists, byte for byte. So any single flipped bit, a lost or foreign
-file and two files exchanged are all found.
+file and two files exchanged are all found. The model card alone is left out: people edit it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 from moesaic.errors import CheckpointError
 from moesaic.files import BLOCK_BYTES, write_new
 
-MANIFEST = "manifest.json"
+MANIFEST, CARD = "manifest.json", "README.md"
 FORMAT = 1
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
@@ -59,6 +59,7 @@ def write_manifest(directory: Path, entries: Mapping[str, Entry]) -> None:
     files = {
         name: {"bytes": entry.size, "kind": entry.kind, "sha256": entry.sha256}
         for name, entry in entries.items()
+        if name != CARD
     }
     body = {"format": FORMAT, "files": files}
     digest = hashlib.sha256(_canonical(body)).hexdigest()
@@ -79,7 +80,7 @@ def listed(directory: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}") from None
     for name in sorted(entries.keys() - present):
         raise CheckpointError(f"{directory / name}: is missing")
-    for name in sorted(present - entries.keys() - {MANIFEST}):
+    for name in sorted(present - entries.keys() - {MANIFEST, CARD}):
         raise CheckpointError(
             f"{directory / name}: is not listed in {MANIFEST}; move it out of the checkpoint"
         )

@@ -3,8 +3,8 @@
 It comes from strangers, so nothing in it is believed: names of shards must be plain files inside the
 directory, every header is checked against the length of its file before a byte of a tensor is read, and JSON
 that says a key twice is refused. Tensors are read one at a time, and not mapped: the pages of nine mapped
-models stay resident while there is room (2.4 GB in a merge of eight of SmolLM2-135M's shape), and a file that is
-cut while it is mapped is a bus error.
+models stay resident while there is room (2.4 GB in a merge of eight of SmolLM2-135M's shape), and a file that
+is cut while it is mapped is a bus error.
 """
 
 import json
@@ -79,7 +79,7 @@ class Shards:
         try:
             with stored.file.open("rb", buffering=0) as file:
                 file.seek(stored.start)
-                left = memoryview(tensor.flatten().view(torch.uint8).numpy())
+                left = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
                 while left:  # one read gives at most 2 GB
                     count = file.readinto(left)
                     if not count:

@@ -1,0 +1,31 @@
+"""What several verbs take: overrides, a recipe, a model, a prompt."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moesaic.train.recipe import Recipe
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A built-in name, a TOML file or a run directory.")
+]
+ModelDir = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="A run directory, a checkpoint, an export or a Hugging Face directory."
+    ),
+]
+Prompt = Annotated[
+    str, typer.Option("--prompt", "-p", help="The text to start from; - reads standard input.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def recipe_of(name: str, words: list[str], resume: bool = False) -> "Recipe":
+    """The recipe that a verb was given, overrides written over it. Raises RecipeError."""
+    from moesaic.train.recipe import load_recipe
+
+    return load_recipe(name, words, resume=resume)

@@ -1,0 +1,44 @@
+"""Verbs that make data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli.arguments import AsJson
+from moesaic.terminal import print_rows, say
+
+
+def build(
+    context: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A data recipe: a TOML file, or roles, which comes along.")
+    ],
+    target: Annotated[Path, typer.Option("--out", help="The JSONL to write; never overwritten.")] = Path(
+        "roles.jsonl"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """One JSONL of instructions from public datasets: moesaic data build roles [local=DIR seed=7 …]."""
+    from moesaic.data.build import build as run_build
+    from moesaic.data.build import build_recipe
+
+    taken = run_build(build_recipe(recipe, context.args), target, say)
+    rows = [
+        (
+            f"{one.source.domain}: {one.source.name}",
+            f"{len(one.rows):,} rows of {one.looked:,} looked at, {one.passed_over:,} passed over"
+            + (f"; {one.problem}" if one.problem else ""),
+        )
+        for one in taken
+    ]
+    total = sum(len(one.rows) for one in taken)
+    print_rows([*rows, ("written", f"{total:,} rows, shuffled: {target}")], as_json)
+
+
+def show() -> None:
+    """Print the data recipe that comes along, to copy and change."""
+    from moesaic.config import read_text
+    from moesaic.data.build import builtin_recipe
+
+    typer.echo(read_text(builtin_recipe()), nl=False)

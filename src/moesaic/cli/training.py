@@ -1,0 +1,153 @@
+"""Verbs that train, and those about recipes."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from moesaic.cli.arguments import AsJson, RecipeName, recipe_of
+from moesaic.errors import RecipeError
+from moesaic.terminal import out, print_report, print_rows, program, say
+
+
+def train(
+    context: typer.Context,
+    recipe: RecipeName,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE, or NAME=FILE for each domain: short for data.path; may be given again."),
+    ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(
+            help="shared (only networks learn), experts (only what they share, and the router) or nothing."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest valid checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, measure real steps, train nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe, perhaps starting from a model: moesaic train RECIPE [MODEL] [a.b=c …]."""
+    words = training_words(context.args, data or [], freeze)
+    chosen = recipe_of(recipe, words, resume)
+    if dry_run:
+        from moesaic.train import measure
+
+        report = measure.dry_run(chosen, say, resume=resume)
+        print_report(report, as_json, title=f"{chosen.name}: what it would take")
+        return
+    from moesaic.train.loop import train as run_training
+
+    run = run_training(chosen, resume=resume)
+    if as_json:
+        typer.echo(json.dumps({"run": str(run)}))
+    else:
+        out.print(Text(f"done: {run}"), soft_wrap=True)
+
+
+# What --freeze stands for, by its word.
+_FREEZE = {
+    "shared": ["train.freeze=[]", 'train.only=["*.mlp.*", "*.post_attention_layernorm.weight"]'],
+    "experts": ['train.freeze=["*.mlp.experts.*"]', "train.only=[]"],
+    "nothing": ["train.freeze=[]", "train.only=[]"],
+}
+
+
+def training_words(given: list[str], data: list[str], freeze: str | None) -> list[str]:
+    """Overrides out of what ``train`` was given: a model to start from, files of data, what is frozen; what
+    is said as an override comes last and wins. Raises RecipeError."""
+    words, rest = [], list(given)
+    if rest and "=" not in rest[0] and not rest[0].startswith("--"):
+        words.append(f"start={rest.pop(0)}")
+    named = ["=" in word for word in data]
+    if (any(named) and not all(named)) or (data and not any(named) and len(data) > 1):
+        raise RecipeError("--data: give one FILE, or NAME=FILE for each of several")
+    words += [f"data.path.{word}" if "=" in word else f"data.path={word}" for word in data]
+    if freeze is not None and freeze not in _FREEZE:
+        raise RecipeError(f"--freeze {freeze}: {', '.join(_FREEZE)} can be frozen")
+    return [*words, *(_FREEZE[freeze] if freeze else []), *rest]
+
+
+def demo(
+    context: typer.Context,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train dense models of equal active size.")
+    ] = False,
+    directory: Annotated[str | None, typer.Option("--out", help="The run directory.")] = None,
+) -> None:
+    """Train a small MoE on text that is already here, and look inside it (a few minutes)."""
+    from moesaic.train.demo import run_demo
+
+    overrides = context.args if directory is None else [*context.args, f"out={directory}"]
+    run_demo(out, overrides, compare=compare, program=program())
+
+
+def demo_merge(
+    directory: Annotated[
+        Path, typer.Option("--out", help="Where everything is made; what is there is not made again.")
+    ] = Path("runs/demo-merge"),
+    seed: Annotated[int, typer.Option(help="Of data, training and routers.")] = 1337,
+) -> None:
+    """Merge eight small role experts from nothing, prove what it is worth, and talk with it (a few
+    minutes)."""
+    from moesaic.train.merge_demo import run_merge_demo
+
+    run_merge_demo(out, directory, seed, say, program())
+
+
+def recipes(context: typer.Context) -> None:
+    """Without a verb: list."""
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
+def recipes_list(as_json: AsJson = False) -> None:
+    """The built-in recipes, a line each."""
+    from moesaic.config import read_toml
+    from moesaic.train.recipe import builtin_recipes
+
+    rows = [(name, str(read_toml(path).get("about", ""))) for name, path in builtin_recipes().items()]
+    print_rows(rows, as_json)
+
+
+def recipes_show(
+    context: typer.Context,
+    recipe: RecipeName,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Every key, defaults included.")] = False,
+) -> None:
+    """Print a recipe, as written or resolved (with overrides)."""
+    from moesaic.config import dump_toml, read_text
+    from moesaic.train.recipe import recipe_path
+
+    if resolved or context.args:
+        typer.echo(dump_toml(recipe_of(recipe, context.args)), nl=False)
+    else:
+        typer.echo(read_text(recipe_path(recipe)), nl=False)
+
+
+def recipes_copy(
+    recipe: RecipeName,
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to put the copy; never overwritten.")],
+) -> None:
+    """Copy a recipe to a file of your own, to change it there."""
+    from moesaic.config import read_text
+    from moesaic.train.recipe import recipe_path
+
+    source = recipe_path(recipe)
+    text = read_text(source)
+    if target.is_dir():
+        target = target / f"{source.stem}.toml"
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError(f"{target}: exists; choose another name") from None
+    except OSError as error:
+        raise RecipeError(f"{target}: cannot be written: {error.strerror}") from None
+    typer.echo(str(target))

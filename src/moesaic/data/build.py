@@ -1,0 +1,253 @@
+"""Instruction data made of public datasets: ``moesaic data build``.
+
+A data recipe names datasets and says how their columns become instruction, input and output. Rows are drawn
+at random, mixed, shuffled as a whole, and written as one JSONL that every stage of a merge reads. A dataset
+that cannot be read any more is named, and the rest goes on: several of those that SmolMoE used have moved or
+are scripts, which ``datasets`` 4 does not run.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from moesaic.config import Options, apply_overrides, parse_overrides, read_toml, validate
+from moesaic.data.corpora import hub_rows
+from moesaic.data.readers import read_rows
+from moesaic.errors import DataError, RecipeError
+from moesaic.files import write_atomic
+
+_MOST_LINE = 64 * 2**20
+_LOOK = 20  # rows looked at for one that is taken, where a source does not say
+_PLACE = re.compile(r"\{(\w+(?:\.\w+)*)(?:\|(\w+))?\}")
+
+Row = dict[str, Any]
+
+
+class SourceOptions(Options):
+    """One dataset and what becomes of its columns.
+
+    ``instruction``, ``input`` and ``output`` are texts with places such as ``{question}``, ``{table.header}``
+    or ``{text|paragraph}`` (its first paragraph; ``|sentence`` its first sentence). Or ``messages`` names a
+    column of turns with role and content, or ``turns`` one of utterances, user and assistant in turn.
+    """
+
+    domain: str = Field(min_length=1)
+    dataset: str | None = None  # on the Hub, as owner/name
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    path: str | None = None  # a local file, or a glob, of the same columns: JSON lines or Parquet
+    rows: int = Field(1000, ge=1)  # to take
+    look: int | None = Field(None, ge=1)  # to choose from; 20 × rows when not given
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    messages: str | None = None
+    turns: str | None = None
+    longest: int = Field(8000, ge=1)  # characters of a row; longer ones are passed over
+
+    @model_validator(mode="after")
+    def _says_what_becomes_of_it(self) -> Self:
+        ways = [self.output is not None, self.messages is not None, self.turns is not None]
+        if sum(ways) != 1:
+            raise ValueError("give one of: instruction and output, messages, turns")
+        if self.output is not None and self.instruction is None:
+            raise ValueError("output is given without an instruction")
+        if self.dataset is None and self.path is None:
+            raise ValueError("give dataset, a name on the Hub, or path, a local copy")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.dataset or str(self.path)
+
+
+class BuildOptions(Options):
+    """A data recipe. ``local`` is a folder in which a copy of ``owner/name`` may lie under that name; what is
+    there is not fetched."""
+
+    about: str = ""
+    seed: int = Field(1337, ge=0)
+    local: str | None = None
+    source: list[SourceOptions] = Field(min_length=1)
+
+
+@dataclass
+class Taken:
+    """What came of one source; ``problem`` says why it ended early, if it did."""
+
+    source: SourceOptions
+    rows: list[Row] = field(default_factory=list)
+    looked: int = 0
+    passed_over: int = 0
+    problem: str | None = None
+
+
+def builtin_recipe() -> Path:
+    """The data recipe of SmolMoE's eight roles, which comes along under the name ``roles``."""
+    return Path(str(resources.files("moesaic") / "data" / "roles.toml"))
+
+
+def build_recipe(name: str, overrides: list[str]) -> BuildOptions:
+    """A data recipe by file or built-in name. Raises RecipeError."""
+    path = builtin_recipe() if name == "roles" else Path(name)
+    return validate(BuildOptions, apply_overrides(read_toml(path), parse_overrides(overrides)), str(path))
+
+
+def build(options: BuildOptions, out: Path, say: Callable[[str], None]) -> list[Taken]:
+    """Write the rows of all sources to ``out``, shuffled; what came of each source.
+
+    A row is written once however often it comes. Raises RecipeError where ``out`` exists, DataError where no
+    source gives a row.
+    """
+    if out.exists():
+        raise RecipeError(f"{out}: exists; choose another name")
+    seen: set[bytes] = set()
+    taken = []
+    for number, source in enumerate(options.source):
+        say(f"{source.domain}: reading {source.name}")
+        draw = random.Random(f"{options.seed} {number} {source.name}")
+        taken.append(_take(source, options.local, draw, seen))
+        if problem := taken[-1].problem:
+            say(f"{source.domain}: {source.name} is left out after {taken[-1].looked:,} rows: {problem}")
+    rows = [row for one in taken for row in one.rows]
+    if not rows:
+        raise DataError(f"{out}: not written: no source gave a row")
+    random.Random(options.seed).shuffle(rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return taken
+
+
+def _take(source: SourceOptions, local: str | None, draw: random.Random, seen: set[bytes]) -> Taken:
+    """At most ``source.rows`` of the rows looked at, each as likely as any other (Vitter's algorithm R)."""
+    taken, good = Taken(source), 0
+    try:
+        for where, values in islice(_rows(source, local), source.look or _LOOK * source.rows):
+            taken.looked += 1
+            row = _row(source, values, where)
+            key = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest()
+            if row is None or key in seen or len(json.dumps(row, ensure_ascii=False)) > source.longest:
+                taken.passed_over += 1
+                continue
+            seen.add(key)
+            good += 1
+            if len(taken.rows) < source.rows:
+                taken.rows.append(row)
+            elif (place := draw.randrange(good)) < source.rows:
+                taken.rows[place] = row
+    except DataError as error:
+        taken.problem = str(error).splitlines()[0]
+    if not taken.problem and len(taken.rows) < source.rows:
+        taken.problem = f"it has {len(taken.rows):,} rows that can be used, {source.rows:,} were asked for"
+    return taken
+
+
+def _rows(source: SourceOptions, local: str | None) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    if source.path is not None:
+        pattern = Path(source.path).expanduser()
+        files = sorted(pattern.parent.glob(pattern.name)) if not pattern.exists() else [pattern]
+        if not files:
+            raise DataError(f"{pattern}: no such file")
+        return _rows_of_files(files)
+    copy = None if local is None else Path(local).expanduser() / str(source.dataset)
+    if copy is not None and copy.is_dir():
+        parts = (source.config, source.split)
+        files = [f for f in sorted(copy.rglob("*")) if f.suffix.lower() in (".jsonl", ".parquet", ".json")]
+        for part in parts:  # of a copy with several configurations and splits, those that were asked for
+            named = [f for f in files if part and part in str(f.relative_to(copy))]
+            files = named or files
+        if not files:
+            raise DataError(f"{copy}: holds no JSON lines and no Parquet")
+        return _rows_of_files(files)
+    return hub_rows(str(source.dataset), source.config, source.split, source.revision)
+
+
+def _rows_of_files(files: list[Path]) -> Iterator[tuple[str, Row]]:
+    for file in files:
+        yield from read_rows(file, _MOST_LINE)
+
+
+def _row(source: SourceOptions, values: Mapping[str, Any], where: str) -> Row | None:
+    """One row in our format, None where nothing would be learnt from it. Raises DataError for a column that
+    is not there."""
+    if source.output is None:
+        column = source.messages or str(source.turns)
+        turns = _value(values, column, where)
+        if not isinstance(turns, list):
+            raise DataError(f"{where}: column {column!r} holds {type(turns).__name__}, not a list of turns")
+        messages = _messages(turns) if source.messages else _alternating(turns)
+        return {"domain": source.domain, "messages": messages} if messages else None
+    row = {"domain": source.domain, "instruction": _filled(str(source.instruction), values, where)}
+    if source.input is not None and (more := _filled(source.input, values, where)):
+        row["input"] = more
+    row["output"] = _filled(source.output, values, where)
+    return row if row["instruction"] and row["output"] else None
+
+
+def _messages(turns: list[Any]) -> list[dict[str, str]]:
+    """Turns as they are, if each is one; else none."""
+    kept = [
+        {"role": turn["role"], "content": turn["content"]}
+        for turn in turns
+        if isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+    ]
+    return kept if kept and len(kept) == len(turns) and kept[-1]["role"] == "assistant" else []
+
+
+def _alternating(turns: list[Any]) -> list[dict[str, str]]:
+    """Utterances as user and assistant in turn, up to the last of the assistant's."""
+    texts = [" ".join(str(text).split()) for text in turns]
+    texts = texts[: len(texts) // 2 * 2]
+    return [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts) if all(texts)
+    ]
+
+
+def _filled(template: str, values: Mapping[str, Any], where: str) -> str:
+    def place(match: re.Match[str]) -> str:
+        text = _text(_value(values, match[1], where), match[1], where)
+        if match[2] is None:
+            return text
+        if match[2] not in _PARTS:
+            raise DataError(f"{where}: {match[0]}: {', '.join(_PARTS)} are the parts of a text")
+        return _PARTS[match[2]](text)
+
+    return _PLACE.sub(place, template).strip()
+
+
+def _value(values: Any, path: str, where: str) -> Any:
+    for name in path.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            columns = ", ".join(values) if isinstance(values, Mapping) else "none"
+            raise DataError(f"{where}: has no column {path!r}; it has {columns}")
+        values = values[name]
+    return values
+
+
+def _text(value: Any, path: str, where: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise DataError(f"{where}: column {path!r} holds {type(value).__name__}, which is no text")
+
+
+_PARTS: dict[str, Callable[[str], str]] = {
+    "paragraph": lambda text: text.strip().split("\n\n", 1)[0].strip(),
+    "sentence": lambda text: re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0],
+}
