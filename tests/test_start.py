@@ -10,10 +10,14 @@ from dense_donors import TEMPLATE, chat_template, dense
 transformers = pytest.importorskip("transformers")
 
 import moesaic  # noqa: E402
+from moesaic.cli.training import training_words  # noqa: E402
 from moesaic.errors import DataError, RecipeError  # noqa: E402
 from moesaic.merge.merge import merge  # noqa: E402
 from moesaic.merge.options import merge_options  # noqa: E402
 from moesaic.train.loop import run  # noqa: E402
+from moesaic.train.recipe import load_recipe  # noqa: E402
+from moesaic.train.rundir import read_rows  # noqa: E402
+from moesaic.train.session import build_session  # noqa: E402
 
 FEW = ["train.steps=6", "train.batch_size=4", "train.seq_len=48", "train.precision=fp32", "eval.every=6"]
 
@@ -136,3 +140,52 @@ def test_what_a_start_cannot_be_is_named(tmp_path: Path) -> None:
     (base / "tokenizer.json").unlink()
     with pytest.raises(RecipeError, match=r"has no tokenizer\.json"):
         run("expert", [f"start={base}", f"data.path={file}"])
+
+
+def test_frozen_experts_stay_in_bfloat16_and_change_no_bit(
+    merged: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    moe, files = merged
+    moesaic.export_model(moe, tmp_path / "bf16", dtype="bfloat16")
+    moesaic.export_model(tmp_path / "bf16", tmp_path / "fp32", dtype="float32")  # the same values, in float32
+    losses = []
+    for start in ("bf16", "fp32"):
+        words = [f"data.path.{name}={file}" for name, file in files.items()]
+        words += [
+            f"start={tmp_path / start}",
+            f"out={tmp_path / ('run-' + start)}",
+            *FEW,
+            "train.precision=bf16",
+        ]
+        session = build_session(load_recipe("router", words), lambda _: None)
+        for layer in session.model.moe_modules():
+            kept = layer.experts.down_proj.dtype
+            assert kept == (torch.bfloat16 if start == "bf16" else torch.float32)
+            assert layer.gate.weight.dtype == torch.float32
+        out = run("router", words)
+        losses.append([row["loss"] for row in read_rows(out / "metrics.jsonl")])
+    assert losses[0] == losses[1]
+
+
+def test_the_command_line_names_a_start_and_what_is_frozen() -> None:
+    words = training_words(["moe", "optim.lr=1"], ["a=a.jsonl", "b=b.jsonl"], "experts")
+    assert words[:3] == ["start=moe", "data.path.a=a.jsonl", "data.path.b=b.jsonl"]
+    assert words[3:] == ['train.freeze=["*.mlp.experts.*"]', "train.only=[]", "optim.lr=1"]
+    assert training_words(["--optim.lr", "1"], ["a.jsonl"], None) == ["data.path=a.jsonl", "--optim.lr", "1"]
+    for data, freeze, sentence in (
+        (["a.jsonl", "b.jsonl"], None, "give one FILE"),
+        (["a.jsonl", "b=b.jsonl"], None, "give one FILE"),
+        ([], "all", "can be frozen"),
+    ):
+        with pytest.raises(RecipeError, match=sentence):
+            training_words([], data, freeze)
+
+
+def test_freeze_shared_makes_an_expert_and_nothing_trains_all(tmp_path: Path) -> None:
+    base, files = dense(tmp_path / "base"), roles(tmp_path)
+    chat_template(base, TEMPLATE)
+    for frozen, expected in (("shared", False), ("nothing", True)):
+        words = training_words([str(base), f"out={tmp_path / frozen}", *FEW], [str(files["mill"])], frozen)
+        session = build_session(load_recipe("expert", words), lambda _: None)
+        assert session.model.model.layers[0].self_attn.q_proj.weight.requires_grad == expected
+        assert session.model.model.layers[0].mlp.up_proj.weight.requires_grad
