@@ -18,7 +18,7 @@ from rich.console import Console
 from timing import header
 
 from moesaic.train.merge_chain import Chain
-from moesaic.train.merge_proof import Rivals, prove, rivals
+from moesaic.train.merge_proof import Models, dense_rivals, prove, rivals
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
     roles = {file.stem: file for file in sorted(args.data.glob("*.jsonl"))}
     closed: dict[str, list[float]] = {}
     console = Console(width=180)
+    dense: Models = {}
     for seed in args.seeds:
         for networks_only in (False, True):
             started = time.perf_counter()
@@ -40,8 +41,10 @@ def main() -> None:
             parts = chain.make_parts(_say)
             ours = chain.stages(parts, _say)
             steps = chain.expert_steps + chain.router_steps + chain.shared_steps
-            others, left_out = rivals(parts, Rivals(chain.router_steps, steps), _say)
-            proof = prove(parts, others, ours, left_out, _say)
+            others, missing = rivals(parts, 2, chain.router_steps, _say)
+            if not networks_only:  # the same for both
+                dense, _ = dense_rivals(parts, 2, steps, _say)
+            proof = prove(parts, {**others, **dense}, ours, missing, _say)
             took = time.perf_counter() - started
             console.print(f"\nseed {seed}, experts tuned in: {chain.kind} ({took:.0f} s)", style="bold")
             for table in proof.tables(180):

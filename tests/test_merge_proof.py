@@ -17,7 +17,7 @@ from moesaic.errors import RecipeError  # noqa: E402
 from moesaic.merge.merge import merge  # noqa: E402
 from moesaic.merge.options import MergeOptions, recorded_options  # noqa: E402
 from moesaic.train.merge_parts import Parts  # noqa: E402
-from moesaic.train.merge_proof import DENSE, HIDDEN, ORACLE, SMOL, WIDE, Rivals, prove, rivals, widened  # noqa: E402
+from moesaic.train.merge_proof import DENSE, HIDDEN, ORACLE, SMOL, WIDE, dense_rivals, prove, rivals, widened  # noqa: E402
 from moesaic.weights.card import write_measured  # noqa: E402
 
 FEW = ["train.batch_size=2", "train.precision=fp32", "optim.lr=1e-3"]
@@ -36,7 +36,8 @@ def parts(tmp_path: Path) -> Parts:
     for seed, (name, text) in enumerate({"mill": "the old mill turns", "sums": "1, 2, 3."}.items(), 1):
         experts[name] = change(base, tmp_path / name, seed, ".mlp.")
         rows = [
-            {"instruction": text[: 3 + n % 5], "output": text * (1 + n % 2) + str(1 + n % 3)} for n in range(40)
+            {"instruction": text[: 3 + n % 5], "output": text * (1 + n % 2) + str(1 + n % 3)}
+            for n in range(40)
         ]
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,7 +46,9 @@ def parts(tmp_path: Path) -> Parts:
 
 
 def test_every_rival_is_made_and_measured(parts: Parts) -> None:
-    others, left_out = rivals(parts, Rivals(router_steps=2, dense_steps=2), quiet)
+    others, missing = rivals(parts, 2, 2, quiet)
+    dense_ones, no_dense = dense_rivals(parts, 2, 2, quiet)
+    others, left_out = {**others, **dense_ones}, [*missing, *no_dense]
     assert list(others)[:3] == ["base", "mill", "sums"]
     assert {HIDDEN, SMOL, DENSE, WIDE} < others.keys()
     assert left_out == []
@@ -82,9 +85,10 @@ def test_a_widened_base_is_the_base_until_it_is_trained(parts: Parts) -> None:
 
 def test_what_was_not_trained_is_said_to_be_missing(parts: Parts) -> None:
     bare = Parts(parts.root, parts.base, parts.experts, parts.roles, {}, 3, 48, FEW)
-    others, left_out = rivals(bare, Rivals(), quiet)
-    assert {HIDDEN, SMOL, DENSE} & others.keys() == set()
-    assert len(left_out) == 3
+    others, left_out = rivals(bare, 2, 0, quiet)
+    assert {HIDDEN, SMOL} & others.keys() == set()
+    assert [sentence.partition(" (")[0] for sentence in left_out] == [HIDDEN, SMOL]
+    assert dense_rivals(bare, 2, 0, quiet)[0] == {}
     foreign = Parts(
         parts.root, parts.base, parts.experts, {**parts.roles, "odd": parts.roles["mill"]}, {}, 3, 48
     )

@@ -86,7 +86,7 @@ def eval_merge(
     are for the runs that rivals need. The table and the verdict also go into the model's card."""
     from moesaic.merge.options import merge_options, recorded_options
     from moesaic.train.merge_parts import Parts
-    from moesaic.train.merge_proof import Rivals, prove, rivals
+    from moesaic.train.merge_proof import dense_rivals, prove, rivals
     from moesaic.weights.card import write_measured
 
     if base or expert:
@@ -101,9 +101,10 @@ def eval_merge(
     files = {name: Path(file) for name, file in _pairs("--data", data).items()}
     base_model = Path(options.base).expanduser()
     parts = Parts(home, base_model, experts, files, prompts, seed, seq_len, context.args)
-    others, left_out = rivals(parts, Rivals(router_steps, dense_steps, top_k=options.top_k), say)
+    others, missing = rivals(parts, options.top_k, router_steps, say)
+    dense, no_dense = dense_rivals(parts, options.top_k, dense_steps, say)
     ours = {name: Path(directory) for name, directory in _pairs("--stage", stage or []).items()}
-    proof = prove(parts, others, {**ours, "the merge": model}, left_out, say)
+    proof = prove(parts, {**others, **dense}, {**ours, "the merge": model}, [*missing, *no_dense], say)
     if (model / "config.json").exists():
         write_measured(model, proof.markdown())
     if as_json:

@@ -13,7 +13,7 @@ from moesaic.chat import Chat
 from moesaic.data.roles import write_roles
 from moesaic.lm import load
 from moesaic.train.merge_chain import OURS, Chain
-from moesaic.train.merge_proof import Rivals, prove, rivals
+from moesaic.train.merge_proof import prove, rivals
 from moesaic.weights.card import write_measured
 
 QUESTION = "Ada has 12 apples. Ben brings 3 bags of 4. How many are there?"
@@ -39,8 +39,8 @@ def run_merge_demo(out: Console, root: Path, seed: int, say: Callable[[str], Non
     )
     parts = chain.make_parts(say)
     ours = chain.stages(parts, say)
-    others, left_out = rivals(parts, Rivals(), say)
-    proof = prove(parts, others, ours, left_out, say)
+    others, missing = rivals(parts, 2, 0, say)
+    proof = prove(parts, others, ours, missing, say)
     for table in proof.tables(out.width):
         out.print(table)
     for sentence in proof.sentences():

@@ -32,54 +32,52 @@ from moesaic.weights.hf import write_hf
 BASE, ORACLE, SOUP = "base", "oracle (own expert)", "average (soup)"
 RANDOM, HIDDEN, SMOL = "random router", "mergekit's hidden router", "SmolMoE's recipe"
 DENSE, WIDE = "dense, all data", "dense of as many active parameters, all data"
+SMOL_LR = 1e-3  # its own is not public
+DENSE_LR = 1e-3
 
 Models = Mapping[str, Path | LanguageModel]
 
 
-@dataclass(frozen=True)
-class Rivals:
-    """How long those are trained that need training, and how fast. 0 steps: they are left out."""
-
-    router_steps: int = 0
-    dense_steps: int = 0
-    router_lr: float = 1e-3
-    dense_lr: float = 1e-3
-    top_k: int = 2
-
-
-def rivals(parts: Parts, how: Rivals, say: Say) -> tuple[Models, list[str]]:
-    """Everything that ours is compared with, by name, and a sentence for each that is missing."""
+def rivals(parts: Parts, top_k: int, router_steps: int, say: Say) -> tuple[Models, list[str]]:
+    """What else the experts could have become, by name, and a sentence for each that is missing: without
+    ``router_steps`` there is no SmolMoE, whose router is trained."""
     models: dict[str, Path | LanguageModel] = {BASE: parts.base, **parts.experts}
     left_out: list[str] = []
     say("averaging the experts")
     models[SOUP] = parts.soup()
-    models[RANDOM] = parts.merged("random", say, router={"init": "random"}, top_k=how.top_k)
+    models[RANDOM] = parts.merged("random", say, router={"init": "random"}, top_k=top_k)
     if all(parts.prompts.get(role) for role in parts.experts):
-        models[HIDDEN] = parts.merged("hidden", say, router={"init": "prompts"}, top_k=how.top_k)
+        models[HIDDEN] = parts.merged("hidden", say, router={"init": "prompts"}, top_k=top_k)
     else:
-        left_out.append(f"{HIDDEN}: an expert has no prompts")
-    if how.router_steps:
-        models[SMOL] = _smolmoe(parts, how, say)
+        left_out.append(f"{HIDDEN} (an expert has no prompts)")
+    if router_steps:
+        models[SMOL] = _smolmoe(parts, top_k, router_steps, say)
     else:
-        left_out.append(f"{SMOL}: needs training; give the steps that yours had")
-    if how.dense_steps:
-        words = (f"optim.lr={how.dense_lr}", "train.only=[]", "data.join=0.5")
-        models[DENSE] = parts.stage("dense", "expert", parts.base, how.dense_steps, say, *words)
-        wide = widened(parts, how.top_k, say)
-        models[WIDE] = parts.stage("dense-wide", "expert", wide, how.dense_steps, say, *words)
-    else:
-        left_out.append("the dense models: need training; give the steps that yours had")
+        left_out.append(f"{SMOL} (--router-steps says how long to train it)")
     return models, left_out
 
 
-def _smolmoe(parts: Parts, how: Rivals, say: Say) -> Path:
+def dense_rivals(parts: Parts, top_k: int, steps: int, say: Say) -> tuple[Models, list[str]]:
+    """What the base becomes when it is trained on all of the data for as many ``steps`` as all stages of the
+    merge had: as it is, and with networks as wide as what a token meets in the merge."""
+    if not steps:
+        return {}, ["dense models of all data (--dense-steps says how long to train them)"]
+    words = (f"optim.lr={DENSE_LR}", "train.only=[]", "data.join=0.5")
+    wide = widened(parts, top_k, say)
+    return {
+        DENSE: parts.stage("dense", "expert", parts.base, steps, say, *words),
+        WIDE: parts.stage("dense-wide", "expert", wide, steps, say, *words),
+    }, []
+
+
+def _smolmoe(parts: Parts, top_k: int, steps: int, say: Say) -> Path:
     first = next(iter(parts.experts))
     start = parts.merged(
-        "smolmoe-merge", say, shared=f"expert:{first}", router={"init": "random"}, top_k=how.top_k
+        "smolmoe-merge", say, shared=f"expert:{first}", router={"init": "random"}, top_k=top_k
     )
     layers = len(load(start).config.moe_layers)
-    words = (f"loss.balance={0.01 * layers}", "data.join=0", f"optim.lr={how.router_lr}")
-    return parts.stage("smolmoe", "router", start, how.router_steps, say, *words)
+    words = (f"loss.balance={0.01 * layers}", "data.join=0", f"optim.lr={SMOL_LR}")
+    return parts.stage("smolmoe", "router", start, steps, say, *words)
 
 
 def widened(parts: Parts, times: int, say: Say) -> Path:
@@ -131,7 +129,7 @@ class Proof:
             if name in self.documents.losses:
                 said += verdict(self.documents, self.ours, [name])
         said += [f"On texts that change role: {s}" for s in verdict(self.changing, self.ours, [BASE])]
-        return said + [f"Not compared with {sentence}." for sentence in self.left_out]
+        return said + [f"Not compared: {sentence}." for sentence in self.left_out]
 
     def tables(self, width: int) -> list[Table]:
         """For people, whose terminal is ``width`` characters wide."""
