@@ -56,6 +56,8 @@ class Plan:
             notes.append(
                 f"vocabularies of {', '.join(f'{v:,} ({n})' for n, v in words.items())}: {kept:,} kept"
             )
+        if not self.options.renormalize:
+            notes.append("weights are not renormalised: it is not its donors until it has been trained")
         if self.mode == "random":
             notes.append("the router is random: it knows nothing of the experts until it is trained")
         return notes

@@ -56,13 +56,16 @@ class MergeOptions(Options):
     """One merge. ``shared`` says where everything but the feed-forward networks comes from: ``base``, the
     ``average`` of the experts, ``expert:NAME``, or ``auto``, the point between base and average where the
     loss on the calibration text is least. ``shared_expert`` is for Qwen2 alone, whose target always has one:
-    ``null`` adds nothing, ``base`` is the base's own network at half weight."""
+    ``null`` adds nothing, ``base`` is the base's own network at half weight. Without ``renormalize`` (Qwen2
+    again, whose graph in llama.cpp does not) the weights of a token's experts are less than 1 in all, so the
+    merge is not its donors until it has been trained."""
 
     base: str = Field(min_length=1)
     experts: dict[str, ExpertSource]
     top_k: int = Field(2, ge=1)
     shared: str = Field("base", pattern=r"^(base|average|auto|expert:.+)$")
     shared_expert: Literal["null", "base"] = "null"
+    renormalize: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = Field(1337, ge=0, lt=2**63)
     router: RouterInit = RouterInit()
@@ -86,10 +89,10 @@ class MergeOptions(Options):
             raise ValueError(f"top_k = {self.top_k} is above the number of experts, {len(names)}")
         if self.shared.startswith("expert:") and self.shared.removeprefix("expert:") not in names:
             raise ValueError(f"shared = {self.shared!r}: the experts are {', '.join(names)}")
-        if self.top_k == 1:
+        if self.top_k == 1 and self.renormalize:
             raise ValueError(
-                "top_k = 1: the architectures that a merge becomes renormalise the weights of a token's "
-                "experts, so the one weight is always 1 and no loss can train the router; use 2 or more"
+                "top_k = 1 with renormalised weights: the one weight of a token is always 1, and no loss can "
+                "train the router; use 2 or more"
             )
         return self
 

@@ -34,6 +34,8 @@ TARGETS = {
 }
 # Qwen2-MoE's architecture has a shared expert; this is the least that llama.cpp and vLLM load.
 NULL_HIDDEN = 16
+# llama.cpp computes the gate of the shared expert as silu(x) / x, which has no value at 0; float16 holds this.
+_SHARED_GATE = 2.0**-20
 # A shared norm whose weight is this small beside its largest cannot be divided by.
 _LEAST_NORM = 1e-3
 
@@ -64,7 +66,7 @@ def target_of(base: Donor, experts: list[Donor], options: MergeOptions) -> tuple
                 names=[donor.name for donor in experts],
                 **shared,
             ),
-            "router": TopKOptions(top_k=options.top_k, renormalize=True),
+            "router": TopKOptions(top_k=options.top_k, renormalize=options.renormalize),
         }
     )
     problems = obstacles(config, family)
@@ -170,10 +172,10 @@ class Merged:
         return donor.read(self._norm(stem)) / self._shared_norm(stem)
 
     def _shared_expert(self, stem: str, leaf: str) -> Tensor:
-        """Nothing at all, or the base's network; its gate is zero, which halves what it returns."""
+        """Nothing at all, or the base's network; its gate is all but zero, which halves what it returns."""
         config = self.config
         if leaf == "mlp.shared_expert_gate.weight":
-            return torch.zeros(1, config.width)
+            return torch.full((1, config.width), _SHARED_GATE)
         if self.options.shared_expert == "base":
             matrix = self.base.read(f"{stem}{leaf.replace('shared_expert.', '')}")
             return matrix if "down_proj" in leaf else matrix * self._fold(self.base, stem)
