@@ -132,7 +132,8 @@ def store_of(tmp_path: Path, seq_len: int = 64, **files: int):  # type: ignore[n
 
 def test_batches_are_padded_and_masked_and_a_function_of_seed_and_step(tmp_path: Path) -> None:
     store = store_of(tmp_path, a=20, b=10)
-    ids_BT, target_BT, real_BT = store.batch(1, 2, 6, 64)
+    ids_BT, target_BT, real_BT, document_BT = store.batch(1, 2, 6, 64)
+    assert document_BT is None
     assert torch.equal(store.batch(1, 2, 6, 64).ids_BT, ids_BT)
     assert not torch.equal(store.batch(1, 3, 6, 64).ids_BT[:, :8], ids_BT[:, :8])
     assert (ids_BT[~real_BT] == 0).all()

@@ -37,7 +37,7 @@ def made(tmp_path: Path) -> tuple[LanguageModel, TokenStore]:
 def validation_ids(store: TokenStore, domain: str) -> list[int]:
     """The validation part of a domain, put together from windows of one token."""
     windows = list(store.validation(1, 1, domain))
-    return [int(ids[0, 0]) for ids, _, _ in windows] + [int(windows[-1][1][0, 0])]
+    return [int(ids[0, 0]) for ids, *_ in windows] + [int(windows[-1][1][0, 0])]
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def test_split_is_the_first_part_of_each_domain(tmp_path: Path) -> None:
     assert store.domains == ["one", "two"]
     assert (store.train_tokens, store.val_tokens) == (7 + 14, 3 + 6)
     assert store.tokenizer.kind == "char"
-    targets = torch.cat([t for _, t, _ in store.validation(1, 2)]).flatten().tolist()
+    targets = torch.cat([t for _, t, *_ in store.validation(1, 2)]).flatten().tolist()
     assert store.tokenizer.decode([t for t in targets if t >= 0]) == "ij" + "56789"
     assert [s.documents for s in store.shards] == [1, 1]
 
@@ -67,7 +67,7 @@ def test_documents_are_separated_where_the_tokenizer_has_an_end_token(tmp_path: 
 
 def test_batch_is_a_pure_function_of_seed_and_step(tmp_path: Path) -> None:
     store, again = counting(tmp_path, a=400, b=100), counting(tmp_path, a=400, b=100)
-    inputs, targets, _ = store.batch(3, 5, 6, 8)
+    inputs, targets, *_ = store.batch(3, 5, 6, 8)
     assert inputs.shape == targets.shape == (6, 8)
     assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -85,7 +85,7 @@ def test_rows_are_uniform_over_all_starts_and_stay_in_one_domain(tmp_path: Path)
     windows = {"ABCD", "BCDE", "CDEF", "DEFG", "EFGH", "FGHI", "abcd", "bcde", "cdef"}
     counts = dict.fromkeys(windows, 0)
     for step in range(30):
-        inputs, targets, _ = store.batch(0, step, 30, 3)
+        inputs, targets, *_ = store.batch(0, step, 30, 3)
         for row, last in zip(inputs, targets[:, -1], strict=True):
             counts[bytes([*row.tolist(), int(last)]).decode()] += 1
     assert min(counts.values()) > 60  # 100 expected of each, standard deviation below 10
@@ -96,8 +96,8 @@ def test_rows_are_uniform_over_all_starts_and_stay_in_one_domain(tmp_path: Path)
 def test_validation_predicts_every_token_once(tmp_path: Path) -> None:
     store = counting(tmp_path, a=100, b=43, c=5)  # 25, 11 and 2 validation tokens
     batches = list(store.validation(4, 8))
-    assert [tuple(inputs.shape) for inputs, _, _ in batches] == [(4, 8), (2, 8)]  # 3, 2 and 1 windows
-    assert all(inputs.dtype == targets.dtype == torch.int64 for inputs, targets, _ in batches)
+    assert [tuple(inputs.shape) for inputs, *_ in batches] == [(4, 8), (2, 8)]  # 3, 2 and 1 windows
+    assert all(inputs.dtype == targets.dtype == torch.int64 for inputs, targets, *_ in batches)
     inputs, targets = (torch.cat([batch[i] for batch in batches]) for i in range(2))
     seen = targets != -100
     assert int(seen.sum()) == 24 + 10 + 1

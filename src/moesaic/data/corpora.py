@@ -61,10 +61,11 @@ class DataOptions(Options):
     vocab_size: int = Field(4096, ge=1)  # read when the tokenizer is bpe
     val_fraction: float = Field(0.1, gt=0, lt=1)  # the tail of each domain
     template: str | None = None  # of instructions: a file or a model directory; default: beside the tokenizer
-    join: float = Field(
-        0.0, ge=0, le=1
-    )  # of instructions: how many training rows are two examples, one after
-    # the other, so that a model sees a change of domain in one text
+    # Of instructions: how many training examples are halves of two, one after the other, so that a model sees
+    # a change of domain in one text; and whether a row is filled up with examples, none of which sees
+    # another.
+    join: float = Field(0.0, ge=0, le=1)
+    pack: bool = False
     cache: str | None = None  # default: $MOESAIC_CACHE, else ~/.cache/moesaic
 
     @model_validator(mode="after")
@@ -77,8 +78,8 @@ class DataOptions(Options):
             raise ValueError('source="files" needs path, a file or a glob such as "books/**/*.txt"')
         if self.source == "instructions" and self.max_chars is not None:
             raise ValueError("max_chars cuts texts, not conversations; use max_documents")
-        if self.source != "instructions" and (self.template is not None or self.join):
-            raise ValueError('template and join are for source="instructions"')
+        if self.source != "instructions" and (self.template or self.join or self.pack):
+            raise ValueError('template, join and pack are for source="instructions"')
         if self.source == "hub" and not self.dataset:
             raise ValueError('source="hub" needs dataset, a name such as "owner/name"')
         if self.source == "tiny_shakespeare" and not isinstance(self.path, str | None):

@@ -54,8 +54,9 @@ class ExampleStore:
         fingerprint: str,
         notes: list[str],
         join: float = 0.0,
+        pack: bool = False,
     ) -> None:
-        self.shards, self.tokenizer, self.join = shards, tokenizer, join
+        self.shards, self.tokenizer, self.join, self.pack = shards, tokenizer, join, pack
         self.fingerprint, self.notes = fingerprint, notes
         self.train_tokens = sum(shard.train_tokens for shard in shards)
         self._train = [example for shard in shards for example in shard.train]
@@ -65,18 +66,35 @@ class ExampleStore:
         return [shard.domain for shard in self.shards]
 
     def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
-        """Examples drawn with replacement, each from its beginning, cut to ``seq_len``; some rows are half of
-        one and then half of another (``data.join``), if both halves have something to learn."""
+        """Examples drawn with replacement, each from its beginning, cut to ``seq_len``; some are half of one
+        and then half of another (``data.join``), if both halves have something to learn; a row is one, or is
+        filled up with more (``data.pack``)."""
         generator = generator_of(seed, step)
+        if self.pack:
+            return packed([self._row(generator, seq_len) for _ in range(batch_size)], seq_len)
         drawn = generator.integers(0, len(self._train), (batch_size, 2))
         joined = generator.random(batch_size) < self.join
-        rows = [
-            join_examples(self._train[a], self._train[b], seq_len)
-            if both and all(fits_in_half(self._train[i], seq_len) for i in (a, b))
-            else self._train[a]
-            for (a, b), both in zip(drawn, joined, strict=True)
-        ]
-        return padded(rows, seq_len)
+        return padded([self._example(*pair, seq_len) for pair in zip(drawn, joined, strict=True)], seq_len)
+
+    def _row(self, generator: np.random.Generator, seq_len: int) -> list[Coded]:
+        """Examples until there is no room for more."""
+        row: list[Coded] = []
+        room = seq_len
+        while room > 0:
+            pair = generator.integers(0, len(self._train), 2)
+            ids, learnt = self._example(pair, generator.random() < self.join, seq_len)
+            if row and not learnt[1 : room + 1].any():  # what is left of it would teach nothing
+                break
+            row.append((ids[: room + 1], learnt[: room + 1]))
+            room -= len(row[-1][0]) - 1
+        return row
+
+    def _example(self, pair: NDArray[np.int64], both: bool, seq_len: int) -> Coded:
+        first: Coded = self._train[pair[0]]
+        second: Coded = self._train[pair[1]]
+        if both and fits_in_half(first, seq_len) and fits_in_half(second, seq_len):
+            first = join_examples(first, second, seq_len)
+        return first
 
     def validation(self, batch_size: int, seq_len: int, domain: str | None = None) -> Iterator[Windows]:
         """The held-out examples in order. Raises DataError at once for an unknown domain."""
@@ -139,7 +157,7 @@ def prepare_examples(
         say(f"{label}: {len(examples):,} examples, {held_out:,} held out, {shards[-1].tokens:,} targets")
     notes = [f"{lost:,} examples have nothing to learn in {seq_len} tokens; left out"] if lost else []
     digest.update(f"{options.val_fraction} {seq_len}".encode())
-    return ExampleStore(shards, tokenizer, digest.hexdigest(), notes, options.join)
+    return ExampleStore(shards, tokenizer, digest.hexdigest(), notes, options.join, options.pack)
 
 
 def join_examples(first: Coded, second: Coded, seq_len: int) -> Coded:
@@ -183,3 +201,28 @@ def padded(examples: list[Coded], seq_len: int) -> Windows:
         target_BT[row, :size] = np.where(learnt[1 : size + 1], ids[1 : size + 1], IGNORED)
         real_BT[row, :size] = True
     return Windows(torch.from_numpy(ids_BT), torch.from_numpy(target_BT), torch.from_numpy(real_BT))
+
+
+def packed(rows: list[list[Coded]], seq_len: int) -> Windows:
+    """Each row several examples one after the other, numbered from 1; what is not filled is padding, 0. An
+    example's last token is no input, so that none predicts the next one's first."""
+    import torch
+
+    shape = (len(rows), seq_len)
+    ids_BT, document_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    target_BT = np.full(shape, IGNORED, np.int64)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, (ids, learnt) in enumerate(row, 1):
+            place = slice(start, start + len(ids) - 1)
+            ids_BT[b, place], document_BT[b, place] = ids[:-1], number
+            target_BT[b, place] = np.where(learnt[1:], ids[1:], IGNORED)
+            start = place.stop
+    document = torch.from_numpy(document_BT)
+    real_BT = document > 0
+    return Windows(
+        torch.from_numpy(ids_BT),
+        torch.from_numpy(target_BT),
+        None if bool(real_BT.all()) else real_BT,
+        document,
+    )

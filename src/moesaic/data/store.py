@@ -44,11 +44,13 @@ class Shard:
 
 class Windows(NamedTuple):
     """Inputs and the token that each should predict, int64 [B, T], on the CPU; a target of -100 is not
-    predicted. ``real_BT`` is False at padding, None where there is none."""
+    predicted. ``real_BT`` is False at padding, None where there is none; ``document_BT`` numbers the
+    documents that are packed into a row, None where each row is one."""
 
     ids_BT: "Tensor"
     target_BT: "Tensor"
-    real_BT: "Tensor | None"
+    real_BT: "Tensor | None" = None
+    document_BT: "Tensor | None" = None
 
 
 class Part(Protocol):

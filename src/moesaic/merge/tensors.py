@@ -34,7 +34,8 @@ TARGETS = {
 }
 # Qwen2-MoE's architecture has a shared expert; this is the least that llama.cpp and vLLM load.
 NULL_HIDDEN = 16
-# llama.cpp computes the gate of the shared expert as silu(x) / x, which has no value at 0; float16 holds this.
+# llama.cpp computes the gate of the shared expert as silu(x) / x, which has no value at 0; float16 holds
+# this.
 _SHARED_GATE = 2.0**-20
 # A shared norm whose weight is this small beside its largest cannot be divided by.
 _LEAST_NORM = 1e-3

@@ -202,18 +202,25 @@ def _plain_attention(
 
 
 def allowed_keys(
-    T: int, cache: KVCache | None, real_BS: Tensor | None, device: torch.device
+    T: int,
+    cache: KVCache | None,
+    real_BS: Tensor | None,
+    device: torch.device,
+    document_BT: Tensor | None = None,
 ) -> Tensor | None:
     """Which keys each query may see, bool [B or 1, T, S]; None where plain causal attention will do.
 
-    A padding query sees itself, so that its softmax is over something; nothing reads its output.
+    A padding query sees itself, so that its softmax is over something; nothing reads its output. With
+    ``document_BT`` (and no cache) a query sees the keys of its own document.
     """
     start = 0 if cache is None else cache.length
-    if real_BS is None and (start == 0 or T == 1):
+    if real_BS is None and document_BT is None and (start == 0 or T == 1):
         return None
     query = torch.arange(start, start + T, device=device)[:, None]
     key = torch.arange(start + T, device=device)[None, :]
     allowed = (key <= query)[None]
+    if document_BT is not None:
+        allowed = allowed & (document_BT[:, :, None] == document_BT[:, None, :])
     if real_BS is None:
         return allowed
     return (allowed & real_BS[:, None, :]) | (key == query)[None]

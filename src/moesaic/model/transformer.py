@@ -120,12 +120,18 @@ class Decoder(nn.Module):
         self.norm = _norm(config)
 
     def forward(
-        self, ids_BT: Tensor, real_BT: Tensor | None, cache: KVCache | None
+        self,
+        ids_BT: Tensor,
+        real_BT: Tensor | None,
+        cache: KVCache | None,
+        document_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         T = ids_BT.shape[1]
         start = 0 if cache is None else cache.length
         real_BS = _real_with_cache(real_BT, cache, start, T)
-        if real_BS is None:
+        if document_BT is not None:
+            position_BT = _within_documents(document_BT)
+        elif real_BS is None:
             position_BT = torch.arange(start, start + T, device=ids_BT.device)[None]
         else:  # a padded row's first real token is its position 0
             position_BT = (real_BS.cumsum(1) - 1).clamp(min=0)[:, start:]
@@ -133,7 +139,7 @@ class Decoder(nn.Module):
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(position_BT)
         rope = None if self.rope is None else self.rope(position_BT)
-        allowed_BTS = allowed_keys(T, cache, real_BS, ids_BT.device)
+        allowed_BTS = allowed_keys(T, cache, real_BS, ids_BT.device, document_BT)
         routings = []
         for block in self.layers:
             x_BTD, routing = block(x_BTD, rope, allowed_BTS, real_BT, cache)
@@ -163,19 +169,24 @@ class LanguageModel(nn.Module):
         real_BT: Tensor | None = None,
         cache: KVCache | None = None,
         *,
+        document_BT: Tensor | None = None,
         logits: bool = True,
     ) -> Output:
         """Run the model on token ids, int64 [B, T].
 
         ``real_BT`` is False at padding, on either side; None means no padding. With a cache the ids
-        continue what it holds. ``logits=False`` leaves the head to the caller (a chunked loss).
-        Raises ValueError for more positions than ``config.context`` with learned positions.
+        continue what it holds. ``document_BT``, int64, numbers the documents that are packed into a row:
+        none sees another, and each begins at position 0. ``logits=False`` leaves the head to the caller (a
+        chunked loss). Raises ValueError for more positions than ``config.context`` with learned positions,
+        and for packed documents with a cache or with short convolutions, which look across borders.
         """
+        if document_BT is not None and (cache is not None or self.config.conv):
+            raise ValueError("packed documents go with neither a cache nor short convolutions")
         if self.config.position == "learned":
             end = ids_BT.shape[1] + (0 if cache is None else cache.length)
             if end > self.config.context:
                 raise ValueError(f"{end} positions, but the model has learned {self.config.context}")
-        hidden_BTD, routings = self.model(ids_BT, real_BT, cache)
+        hidden_BTD, routings = self.model(ids_BT, real_BT, cache, document_BT)
         return Output(hidden_BTD, self.lm_head(hidden_BTD) if logits else None, routings)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -195,6 +206,14 @@ class LanguageModel(nn.Module):
 def _norm(config: ModelConfig) -> nn.Module:
     kind = LayerNorm if config.norm == "layer" else RMSNorm
     return kind(config.width, eps=config.norm_eps)
+
+
+def _within_documents(document_BT: Tensor) -> Tensor:
+    """The position of each token in its own document, int64 [B, T]."""
+    place_BT = torch.arange(document_BT.shape[1], device=document_BT.device).expand_as(document_BT)
+    begins_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    return place_BT - (place_BT * begins_BT).cummax(dim=1).values
 
 
 def _real_with_cache(real_BT: Tensor | None, cache: KVCache | None, start: int, T: int) -> Tensor | None:

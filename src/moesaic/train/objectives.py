@@ -40,20 +40,25 @@ class LossOptions(Options):
 @dataclass(frozen=True)
 class Batch:
     """Token ids and the token each position should predict, int64 [B, T]; ``real_BT`` is False at
-    padding (None: no padding). A target of losses.IGNORE is not predicted."""
+    padding (None: no padding), ``document_BT`` numbers packed documents (None: a row is one). A target of
+    losses.IGNORE is not predicted."""
 
     ids_BT: Tensor
     target_BT: Tensor
     real_BT: Tensor | None = None
+    document_BT: Tensor | None = None
 
     def rows(self, start: int, end: int) -> "Batch":
         """Some of its rows."""
-        real_BT = None if self.real_BT is None else self.real_BT[start:end]
-        return Batch(self.ids_BT[start:end], self.target_BT[start:end], real_BT)
+        return self._each(lambda tensor: tensor[start:end])
 
     def to(self, device: str) -> "Batch":
-        real_BT = None if self.real_BT is None else self.real_BT.to(device)
-        return Batch(self.ids_BT.to(device), self.target_BT.to(device), real_BT)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        real_BT = None if self.real_BT is None else change(self.real_BT)
+        document_BT = None if self.document_BT is None else change(self.document_BT)
+        return Batch(change(self.ids_BT), change(self.target_BT), real_BT, document_BT)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def next_token(options: LossOptions) -> Objective:
     """Cross-entropy of the next token, plus the routing losses that have a weight."""
 
     def objective(model: LanguageModel, batch: Batch) -> Loss:
-        output = model(batch.ids_BT, batch.real_BT, logits=False)
+        output = model(batch.ids_BT, batch.real_BT, document_BT=batch.document_BT, logits=False)
         ce = cross_entropy(output.hidden_BTD.flatten(0, 1), model.lm_head, batch.target_BT.flatten())
         total, parts = ce, {"ce": ce.detach()}
         if output.routings:

@@ -97,6 +97,8 @@ class Recipe(Options):
                 f"train.seq_len = {self.train.seq_len} is above model.context = {self.model.context}, "
                 "the number of learned positions; lower one or raise the other"
             )
+        if self.data.pack and self.model.conv:
+            raise ValueError("data.pack: model.conv looks across the borders of packed examples; set it to 0")
         router = self.model.router
         if self.model.moe_layers and router.top_k == 1 and router.weights_sum_to_one:
             raise ValueError(
