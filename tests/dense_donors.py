@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from moesaic.data.tokenizers import Tokenizer
+from moesaic.errors import MoesaicError
+from moesaic.merge.merge import merge, plan_merge
+from moesaic.merge.options import MergeOptions
 
 TEXT = "the old mill by the stream turns and turns; a miller counts his sacks: 1, 2, 3.\n"
 # A chat template that a character tokenizer of TEXT can read.
@@ -77,3 +80,18 @@ def change(source: Path, directory: Path, seed: int, *only: str) -> Path:
 
 def chat_template(directory: Path, source: str, **more: Any) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, **more}))
+
+
+def options(base: Path, *experts: Path, **more: Any) -> MergeOptions:
+    table = {"base": str(base), "experts": {p.name: str(p) for p in experts}, **more}
+    return MergeOptions.model_validate(table)
+
+
+def merged(out: Path, base: Path, *experts: Path, **more: Any) -> Path:
+    merge(options(base, *experts, **more), out, lambda _: None)
+    return out
+
+
+def refused(sentence: str, base: Path, *experts: Path, **more: Any) -> None:
+    with pytest.raises(MoesaicError, match=sentence):
+        plan_merge(options(base, *experts, **more))
