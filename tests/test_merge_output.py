@@ -1,5 +1,4 @@
 """What a merge leaves on disk: complete, as others read it, and never in the place of something else."""
-else."""
 
 import errno
 import json
@@ -16,9 +15,6 @@ import moesaic  # noqa: E402
 from moesaic.errors import RecipeError, ResourceError  # noqa: E402
 from moesaic.merge.merge import merge  # noqa: E402
 from moesaic.weights.shards import Shards  # noqa: E402
-
-IDS = torch.randint(20, (2, 11), generator=torch.Generator().manual_seed(3))
-CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 
 
 def test_experts_lie_on_disk_one_by_one_and_the_directory_is_complete(tmp_path: Path) -> None:
