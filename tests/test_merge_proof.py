@@ -86,8 +86,9 @@ def test_a_widened_base_is_the_base_until_it_is_trained(parts: Parts) -> None:
 def test_what_was_not_trained_is_said_to_be_missing(parts: Parts) -> None:
     bare = Parts(parts.root, parts.base, parts.experts, parts.roles, {}, 3, 48, FEW)
     others, left_out = rivals(bare, 2, 0, quiet)
-    assert {HIDDEN, SMOL} & others.keys() == set()
-    assert [sentence.partition(" (")[0] for sentence in left_out] == [HIDDEN, SMOL]
+    assert HIDDEN in others  # its prompts are the first questions of the data
+    assert SMOL not in others
+    assert [sentence.partition(" (")[0] for sentence in left_out] == [SMOL]
     assert dense_rivals(bare, 2, 0, quiet)[0] == {}
     foreign = Parts(
         parts.root, parts.base, parts.experts, {**parts.roles, "odd": parts.roles["mill"]}, {}, 3, 48

@@ -97,7 +97,7 @@ def eval_merge(
         raise RecipeError(f"{model}: does not say what it was merged of; give --base and --expert NAME=DIR")
     home = work or model.absolute().parent / f"{model.name}-rivals"
     experts = {name: Path(source.model).expanduser() for name, source in options.experts.items()}
-    prompts = {name: source.positive for name, source in options.experts.items()}
+    prompts = {name: source.positive for name, source in options.experts.items() if source.positive}
     files = {name: Path(file) for name, file in _pairs("--data", data).items()}
     base_model = Path(options.base).expanduser()
     parts = Parts(home, base_model, experts, files, prompts, seed, seq_len, context.args)

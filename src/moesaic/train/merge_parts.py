@@ -6,12 +6,14 @@ already is not made again.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from moesaic.data.examples import ExampleStore
+from moesaic.data.instructions import read_examples
 from moesaic.data.pretrain import prepare
 from moesaic.export import export_model
 from moesaic.lm import load
@@ -22,14 +24,15 @@ from moesaic.train.loop import train
 from moesaic.train.recipe import load_recipe
 
 Say = Callable[[str], None]
+_PROMPTS = 4
 
 
 @dataclass(frozen=True)
 class Parts:
     """A dense base, the experts tuned from it, and instruction data of each expert's role, by its name.
 
-    ``prompts`` are what a user of mergekit would write for a role; ``seq_len`` is where texts are cut;
-    ``common`` are overrides of every run.
+    ``prompts`` are what a user of mergekit would write for a role; of one that has none, the first questions
+    of its data. ``seq_len`` is where texts are cut; ``common`` are overrides of every run.
     """
 
     root: Path
@@ -49,7 +52,7 @@ class Parts:
         experts = {}
         for role, model in self.experts.items():
             text = {"calibration": str(self.roles[role])} if role in self.roles else {}
-            experts[role] = {"model": str(model), "positive": self.prompts.get(role, []), **text}
+            experts[role] = {"model": str(model), "positive": self._prompts_of(role), **text}
         table = {"base": str(self.base), "experts": experts, "seed": self.seed, **options}
         say(f"{name}: a merge of {len(experts)}")
         merge(MergeOptions.model_validate(table), out, lambda _: None)
@@ -88,6 +91,12 @@ class Parts:
         store = prepare(recipe.data, seq_len=self.seq_len)
         assert isinstance(store, ExampleStore)
         return store
+
+    def _prompts_of(self, role: str) -> list[str]:
+        if role in self.prompts or role not in self.roles:
+            return self.prompts.get(role, [])
+        examples = islice(read_examples(self.roles[role]), _PROMPTS)
+        return [e.messages[0]["content"] if e.messages else e.text[:200] for e in examples]
 
     def _paths(self) -> list[str]:
         return [f"data.path.{role}={file}" for role, file in self.roles.items()]

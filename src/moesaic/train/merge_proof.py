@@ -46,10 +46,7 @@ def rivals(parts: Parts, top_k: int, router_steps: int, say: Say) -> tuple[Model
     say("averaging the experts")
     models[SOUP] = parts.soup()
     models[RANDOM] = parts.merged("random", say, router={"init": "random"}, top_k=top_k)
-    if all(parts.prompts.get(role) for role in parts.experts):
-        models[HIDDEN] = parts.merged("hidden", say, router={"init": "prompts"}, top_k=top_k)
-    else:
-        left_out.append(f"{HIDDEN} (an expert has no prompts)")
+    models[HIDDEN] = parts.merged("hidden", say, router={"init": "prompts"}, top_k=top_k)
     if router_steps:
         models[SMOL] = _smolmoe(parts, top_k, router_steps, say)
     else:
