@@ -3,17 +3,19 @@
 import errno
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from dense_donors import change, dense, merged, options, refused
+from dense_donors import TEXT, change, dense, merged, options, refused
 
 transformers = pytest.importorskip("transformers")
 
 import moesaic  # noqa: E402
 from moesaic.errors import RecipeError, ResourceError  # noqa: E402
 from moesaic.merge.merge import merge  # noqa: E402
+from moesaic.merge.options import MergeOptions  # noqa: E402
 from moesaic.weights.shards import Shards  # noqa: E402
 
 
@@ -100,3 +102,36 @@ def test_what_llama_cpp_needs_of_qwen2(tmp_path: Path) -> None:
     assert float(gate.half().abs().min()) > 0  # silu(x) / x has no value at 0
     assert moesaic.export_model(out, tmp_path / "model.gguf", "gguf") == "qwen2moe"
     refused("cannot express", *(dense(tmp_path / f"l{n}") for n in range(3)), renormalize=False)
+
+
+@pytest.mark.parametrize("init", ["random", "ridge"])
+def test_donors_are_read_a_tensor_at_a_time(
+    init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = dense(tmp_path / "base")
+    twins = [change(base, tmp_path / name, seed) for seed, name in enumerate("abcd", 1)]
+    table = options(base, *twins, shared="average", router={"init": init, "seq_len": 32}).model_dump()
+    if init == "ridge":
+        for name, source in table["experts"].items():
+            source["calibration"] = [str(tmp_path / f"{name}.txt")]
+            (tmp_path / f"{name}.txt").write_text(TEXT[ord(name) - 97 :] * 3)
+    held = most = total = 0
+    read = Shards.read
+
+    def watched(self: Shards, name: str) -> torch.Tensor:
+        nonlocal held, most, total
+        tensor = read(self, name)
+        held, total = held + tensor.nbytes, total + tensor.nbytes
+        most = max(most, held)
+        weakref.finalize(tensor, release, tensor.nbytes)
+        return tensor
+
+    def release(size: int) -> None:
+        nonlocal held
+        held -= size
+
+    monkeypatch.setattr(Shards, "read", watched)
+    merge(MergeOptions.model_validate(table), tmp_path / "out", lambda _: None)
+    largest = max(stored.bytes for stored in Shards(base).tensors.values())
+    assert total > 10 * largest
+    assert most < 3 * largest

@@ -1,4 +1,4 @@
-"""Verbs that use a model: generate, chat, inspect, export."""
+"""Verbs that use a model: generate, chat, inspect, analyze, export."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moesaic.cli.arguments import AsJson, ModelDir, Prompt
 from moesaic.errors import RecipeError
-from moesaic.terminal import err, out, prompt_text, say, write
+from moesaic.terminal import err, out, print_rows, prompt_text, say, write
 
 
 def generate(
@@ -141,6 +141,37 @@ def _inspect_prompt(
         out.print(routing.token_table())
     if picture is not None:
         err.print(Text(f"drawn: {picture}"))
+
+
+def analyze(
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MODEL…",
+            help="A model, or a run (its checkpoints), or several checkpoints, the last one last.",
+        ),
+    ],
+    data: Annotated[list[str], typer.Option(help="NAME=FILE: labelled text; once or more.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where report.json and the figures go.")] = Path(
+        "analysis"
+    ),
+    tokens: Annotated[int, typer.Option(min=2, help="At most so many of each file.")] = 200_000,
+    seq_len: Annotated[int, typer.Option(min=2, help="Text is read in windows of so many tokens.")] = 2048,
+    least: Annotated[
+        int, typer.Option(min=1, help="How often a token id must occur to count as vocabulary.")
+    ] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """OLMoE's analysis of a routing: saturation, co-activation, specialisation in domains and vocabulary,
+    load."""
+    from moesaic.analysis.report import analyse
+
+    analysis = analyse(models, data, tokens, seq_len, least, say)
+    written = analysis.write(folder)
+    if as_json:
+        typer.echo(json.dumps(analysis.as_json()))
+        return
+    print_rows([*analysis.rows(), ("written", ", ".join(str(path) for path in written))], False)
 
 
 def export(
