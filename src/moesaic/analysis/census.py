@@ -49,7 +49,7 @@ class Census:
     """The counts of one model over labelled text.
 
     Attributes:
-        domains: labels of the text, in the order of C.
+        domains: labels of the text, in the order of C; ``names`` of the experts, where they have any.
         token_C: tokens of each domain.
         chosen_LCE: choices of each expert at top-k; ``first_LCE`` at top-1.
         pair_LEE: tokens for which both experts were chosen, symmetric, zero on the diagonal.
@@ -61,6 +61,7 @@ class Census:
     layers: list[int]
     experts: int
     domains: list[str]
+    names: list[str] | None = None
     token_C: Tensor = field(init=False)
     chosen_LCE: Tensor = field(init=False)
     first_LCE: Tensor = field(init=False)
@@ -77,6 +78,12 @@ class Census:
         self.pair_LEE, self.adjacent_LEE = (torch.zeros(L, E, E, dtype=torch.int64) for _ in range(2))
         self.step_LEE = torch.zeros(max(0, L - 1), E, E, dtype=torch.int64)
         self.words = {kind: [PairCounts(E) for _ in range(L)] for kind in KINDS}
+
+    @property
+    def shown(self) -> list[int]:
+        """Places of the first, middle and last sparse layer, which stand for all where there is no room."""
+        last = len(self.layers) - 1
+        return sorted({0, last // 2, last})
 
     def add(
         self, domain: int, ids: dict[Kind, Tensor], counted_T: Tensor, routings: Sequence[Routing]

@@ -56,7 +56,7 @@ class Analysis:
         E, k = census.experts, self.top_k
         return {
             "layers": census.layers,
-            "experts": E,
+            "experts": census.names or E,
             "top_k": k,
             "tokens": dict(zip(census.domains, census.token_C.tolist(), strict=True)),
             "chance": {
@@ -104,7 +104,7 @@ class Analysis:
     def rows(self) -> list[tuple[str, str]]:
         """The summary that is printed: one line a quantity, first, middle and last layer."""
         numbers, census = self.as_json(), self.census
-        shown = sorted({0, len(census.layers) // 2, len(census.layers) - 1})
+        shown = census.shown
         places = ", ".join(str(census.layers[n]) for n in shown)
 
         def of(values: Sequence[float], pattern: str = "{:.3f}") -> str:
@@ -129,9 +129,10 @@ class Analysis:
             chance = of([layer["chance"] for layer in row])
             rows.append((f"vocabulary, {kind} token", f"{of([x['share'] for x in row])}  (random {chance})"))
         if numbers["transition_bits"]:
-            last = len(numbers["transition_bits"]) - 1
-            bits = ", ".join(f"{numbers['transition_bits'][min(n, last)]:.3f}" for n in shown)
-            rows.append(("next layer told by an expert, bits", bits))
+            bits = [
+                f"{numbers['transition_bits'][n]:.3f}" for n in shown[:-1]
+            ]  # after the last there is none
+            rows.append(("next layer told by an expert, bits", ", ".join(bits)))
         for label, pairs in numbers["saturation"].items():
             chances = numbers["chance"]
             rows.append(
@@ -216,7 +217,7 @@ def choices(label: str, lm: LM, windows: dict[str, Tensor], say: Say) -> Choices
     """Run the text through one model; the last position of a window, after which nothing is known, counts for
     nothing."""
     config = lm.config
-    census = Census(config.moe_layers, config.experts.count, list(windows))
+    census = Census(config.moe_layers, config.experts.count, list(windows), config.experts.names)
     chosen: list[list[Tensor]] = [[] for _ in config.moe_layers]
     small = torch.uint8 if config.experts.count <= 256 else torch.int16
     for domain, (name, ids_NT) in enumerate(windows.items()):

@@ -16,7 +16,6 @@ from moesaic.analysis.census import Census
 
 _DPI = 130
 _GREY = "#8a8a8a"
-_MOST_PANELS = 3
 
 
 def draw_all(numbers: dict[str, Any], census: Census, folder: Path) -> list[Path]:
@@ -35,15 +34,9 @@ def draw_all(numbers: dict[str, Any], census: Census, folder: Path) -> list[Path
     return drawn
 
 
-def _panels(census: Census) -> list[int]:
-    """First, middle and last sparse layer, as the paper shows them."""
-    last = len(census.layers) - 1
-    return sorted({0, last // 2, last})[:_MOST_PANELS]
-
-
 def _domains(numbers: dict[str, Any], census: Census) -> Figure:
     """The share of each domain's tokens that chose each expert, and the uniform line (Figure 21 there)."""
-    shown, domains = _panels(census), census.domains
+    shown, domains = census.shown, census.domains
     E, C = census.experts, len(domains)
     figure = Figure(
         figsize=(max(6.0, min(18.0, 1.2 + 0.12 * E * C)), 0.6 + 1.9 * len(shown)), layout="constrained"
@@ -61,7 +54,7 @@ def _domains(numbers: dict[str, Any], census: Census) -> Figure:
         axes.set_title(f"layer {census.layers[n]}", fontsize=9)
         axes.set_ylabel("% of tokens")
         axes.margins(x=0.01)
-    _experts(grid[-1, 0], E)
+    _experts(grid[-1, 0], census)
     grid[0, 0].legend(
         frameon=False, fontsize=8, ncols=min(6, C + 1), loc="upper left", bbox_to_anchor=(0, 1.45)
     )
@@ -70,7 +63,7 @@ def _domains(numbers: dict[str, Any], census: Census) -> Figure:
 
 def _coactivation(numbers: dict[str, Any], census: Census) -> Figure:
     """Of the tokens that chose the row's expert, the share that also chose the column's."""
-    shown, E = _panels(census), census.experts
+    shown, E = census.shown, census.experts
     figure = Figure(figsize=(1.0 + 3.4 * len(shown), 3.6), layout="constrained")
     grid = figure.subplots(1, len(shown), squeeze=False)
     chance = 100 * numbers["chance"]["coactivation"]
@@ -81,7 +74,7 @@ def _coactivation(numbers: dict[str, Any], census: Census) -> Figure:
         shown_EE = np.where(np.eye(E, dtype=bool), np.nan, table)
         image = axes.imshow(shown_EE, cmap="magma", vmin=0, vmax=max(most, 2 * chance))
         axes.set_title(f"layer {census.layers[n]}", fontsize=9)
-        _experts(axes, E)
+        _experts(axes, census)
     grid[0, 0].set_ylabel("expert")
     if image is not None:
         figure.colorbar(image, ax=grid, label=f"% also chosen (chance {chance:.1f})")
@@ -154,7 +147,11 @@ def _colours(count: int) -> Sequence[Any]:
     return [matplotlib.colormaps["viridis"](i / (count - 1)) for i in range(count)]
 
 
-def _experts(axes: Axes, E: int) -> None:
-    stride = max(1, E // 16)
-    axes.set_xticks(range(0, E, stride), [str(e) for e in range(0, E, stride)], fontsize=7)
-    axes.set_xlabel("expert")
+def _experts(axes: Axes, census: Census) -> None:
+    stride = max(1, census.experts // 16)
+    places = range(0, census.experts, stride)
+    if census.names:
+        axes.set_xticks(places, [census.names[e] for e in places], fontsize=7, rotation=60, ha="right")
+    else:
+        axes.set_xticks(places, [str(e) for e in places], fontsize=7)
+        axes.set_xlabel("expert")
