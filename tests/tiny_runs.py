@@ -111,3 +111,8 @@ def rows(run: Path, split: str) -> list[dict[str, Any]]:
 def command(*arguments: str, **more: Any) -> "subprocess.CompletedProcess[str]":
     """``moesaic`` in a process of its own."""
     return subprocess.run([*ENTRY, *arguments], capture_output=True, text=True, check=False, **more)
+
+
+def quiet_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics."""
+    return read_rows(run / "metrics.jsonl")

@@ -16,6 +16,8 @@ from moesaic.routing import Routing
 IGNORE = -100
 BalanceConvention = Literal["olmoe", "olmo_core", "transformers"]
 ZConvention = Literal["olmoe", "plain"]
+PreferenceLoss = Literal["dpo", "dpo_norm", "ipo", "kto"]
+AVERAGED: tuple[PreferenceLoss, ...] = ("dpo_norm", "ipo")  # compare answers by nats per token
 
 
 def token_losses(
@@ -49,6 +51,32 @@ def cross_entropy(
     """Mean cross-entropy in nats over the tokens whose target is not ``IGNORE``; float32 scalar."""
     losses_N = token_losses(hidden_ND, head, target_N, max_logits=max_logits)
     return losses_N.sum() / (target_N != IGNORE).sum().clamp(min=1)
+
+
+def preference_losses(
+    kind: PreferenceLoss, chosen_P: Tensor, rejected_P: Tensor, beta: float, smoothing: float = 0.0
+) -> Tensor:
+    """The loss of each pair, float32 [P] (``kto``: of each answer, [2 P]).
+
+    ``chosen_P`` and ``rejected_P`` are log-ratios: what the model gives an answer less what the reference
+    does, in nats, or nats per token for ``AVERAGED`` kinds. ``dpo``: −log σ(β Δ), Δ their difference, of
+    which ``smoothing`` is the share of labels taken to be wrong (arXiv 2305.18290, eq. 7; 2310.12036 for
+    ``ipo``: (Δ − 1/2β)²). ``dpo_norm`` is ``dpo`` per token (Tülu 3, 2411.15124). ``kto``: each answer
+    against the mean of the other kind in the batch, which stands for the divergence (2402.01306, eq. 8, for
+    data that comes in pairs)."""
+    difference_P = chosen_P - rejected_P
+    if kind in ("dpo", "dpo_norm"):
+        right, wrong = F.logsigmoid(beta * difference_P), F.logsigmoid(-beta * difference_P)
+        return -(1 - smoothing) * right - smoothing * wrong
+    if kind == "ipo":
+        return (difference_P - 1 / (2 * beta)).square()
+    chosen_kl, rejected_kl = (x.detach().mean().clamp(min=0) for x in (chosen_P, rejected_P))
+    return torch.cat(
+        [
+            1 - torch.sigmoid(beta * (chosen_P - rejected_kl)),
+            1 - torch.sigmoid(beta * (chosen_kl - rejected_P)),
+        ]
+    )
 
 
 def balance_loss(routings: Sequence[Routing], convention: BalanceConvention = "olmoe") -> Tensor:

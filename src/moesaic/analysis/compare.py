@@ -60,11 +60,11 @@ def losses_of(model: LanguageModel, documents: Documents, seq_len: int) -> Losse
     order = sorted(range(len(documents.coded)), key=lambda n: len(documents.coded[n][0]))
     for start in range(0, len(order), _BATCH):
         part = [documents.coded[n] for n in order[start : start + _BATCH]]
-        ids_BT, target_BT, real_BT, _ = padded(part, seq_len)
-        hidden_BTD = model(ids_BT, real_BT, logits=False).hidden_BTD
-        loss_BT = token_losses(hidden_BTD.flatten(0, 1), model.lm_head, target_BT.flatten()).view_as(
-            target_BT
-        )
+        windows = padded(part, seq_len)
+        target_BT = windows.target_BT
+        hidden_BTD = model(windows.ids_BT, windows.real_BT, logits=False).hidden_BTD
+        loss_N = token_losses(hidden_BTD.flatten(0, 1), model.lm_head, target_BT.flatten())
+        loss_BT = loss_N.view_as(target_BT)
         sums.append(loss_BT.double().sum(1))
         counts.append((target_BT >= 0).double().sum(1))
     back = np.argsort(order)

@@ -67,7 +67,8 @@ def evaluate(
             continue
         total, tokens = 0.0, 0
         counts_LE = torch.zeros(len(model.config.moe_layers), model.config.experts.count, dtype=torch.int64)
-        for ids_BT, target_BT, real_BT, _ in store.validation(batch_size, seq_len, domain):
+        for windows in store.validation(batch_size, seq_len, domain):
+            ids_BT, target_BT, real_BT = windows.ids_BT, windows.target_BT, windows.real_BT
             target_N = target_BT.to(device).flatten()
             with precision():
                 mask_BT = None if real_BT is None else real_BT.to(device)

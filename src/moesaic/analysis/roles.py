@@ -84,7 +84,8 @@ def route_roles(lm: LM, documents: Documents, seq_len: int) -> RoleRouting:
     for c in range(len(documents.domains)):
         coded = [e for e, d in zip(documents.coded, documents.domain_N, strict=True) if d == c]
         for start in range(0, len(coded), _BATCH):
-            ids_BT, _, real_BT, _ = padded(coded[start : start + _BATCH], seq_len)
+            windows = padded(coded[start : start + _BATCH], seq_len)
+            ids_BT, real_BT = windows.ids_BT, windows.real_BT
             real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if real_BT is None else real_BT
             output = lm.model(lm.to_device(ids_BT), lm.to_device(real_BT), logits=False)
             counts_LCE[:, c] += counts_per_layer(output.routings).cpu()

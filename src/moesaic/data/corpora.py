@@ -45,7 +45,9 @@ class DataOptions(Options):
     """Which text to train on, how it becomes tokens, and how much of it is held out."""
 
     # random: letters without sense, to see that a machine runs; it teaches nothing.
-    source: Literal["stdlib", "tiny_shakespeare", "files", "hub", "instructions", "random"] = "stdlib"
+    source: Literal["stdlib", "tiny_shakespeare", "files", "hub", "instructions", "preferences", "random"] = (
+        "stdlib"
+    )
     # A file or a glob (``**`` and ``~`` are understood), several, or domain label -> glob. A file's domain is
     # its name, a glob's the last folder before its first wildcard.
     path: str | list[str] | dict[str, str] | None = None
@@ -76,10 +78,12 @@ class DataOptions(Options):
             raise ValueError(f'dataset is given, but source={self.source} reads none; set source="hub"')
         if self.source == "files" and not self.path:
             raise ValueError('source="files" needs path, a file or a glob such as "books/**/*.txt"')
-        if self.source == "instructions" and self.max_chars is not None:
+        if self.source in ("instructions", "preferences") and self.max_chars is not None:
             raise ValueError("max_chars cuts texts, not conversations; use max_documents")
-        if self.source != "instructions" and (self.template or self.join or self.pack):
-            raise ValueError('template, join and pack are for source="instructions"')
+        if self.source != "instructions" and (self.join or self.pack):
+            raise ValueError('join and pack are for source="instructions"')
+        if self.source not in ("instructions", "preferences") and self.template:
+            raise ValueError('template is for source="instructions" and source="preferences"')
         if self.source == "hub" and not self.dataset:
             raise ValueError('source="hub" needs dataset, a name such as "owner/name"')
         if self.source == "tiny_shakespeare" and not isinstance(self.path, str | None):

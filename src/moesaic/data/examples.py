@@ -125,7 +125,7 @@ def prepare_examples(
     """
     if not options.path:
         raise DataError("data.path: name the files of instructions, as data.path.coder=coder.jsonl")
-    template = _template(options)
+    template = template_of(options)
     domains: dict[str, list[tuple[str, Ids, NDArray[np.bool_]]]] = {}
     lost = 0
     for label, paths in files_by_domain(options).items():
@@ -174,7 +174,8 @@ def fits_in_half(example: Coded, seq_len: int) -> bool:
     return bool(example[1][1 : max(1, seq_len // 2)].any())
 
 
-def _template(options: DataOptions) -> ChatTemplate | None:
+def template_of(options: DataOptions) -> ChatTemplate | None:
+    """The chat template that ``data.template`` names, or the tokenizer's neighbour. Raises DataError."""
     if options.template is None:
         where = Path(options.tokenizer).expanduser().parent
         return load_template(where) if options.tokenizer.endswith(".json") else None

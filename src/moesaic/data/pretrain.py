@@ -26,6 +26,7 @@ import numpy as np
 
 from moesaic.data.corpora import Corpus, DataOptions, Document, cache_folder, open_corpus
 from moesaic.data.examples import prepare_examples
+from moesaic.data.preferences import prepare_preferences
 from moesaic.data.store import FORMAT, Shard, Store, TokenStore, checksum_of, sha256_of
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError, ResourceError
@@ -44,10 +45,14 @@ def prepare(
     Raises DataError for a corpus, tokenizer or cache that cannot be used, ResourceError on a full disk.
     """
     say = progress or (lambda sentence: None)
-    if options.source == "instructions":
+    if options.source in ("instructions", "preferences"):
         tokenizer, _ = _given_tokenizer(options)
         if tokenizer is None:
-            raise DataError("data.source=instructions needs a tokenizer: data.tokenizer=FILE, or start=MODEL")
+            raise DataError(
+                f"data.source={options.source} needs a tokenizer: data.tokenizer=FILE, or start=MODEL"
+            )
+        if options.source == "preferences":
+            return prepare_preferences(options, tokenizer, seq_len, say)
         return prepare_examples(options, tokenizer, seq_len, say)
     corpus = open_corpus(options)
     given, identity = _given_tokenizer(options)

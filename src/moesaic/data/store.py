@@ -45,12 +45,14 @@ class Shard:
 class Windows(NamedTuple):
     """Inputs and the token that each should predict, int64 [B, T], on the CPU; a target of -100 is not
     predicted. ``real_BT`` is False at padding, None where there is none; ``document_BT`` numbers the
-    documents that are packed into a row, None where each row is one."""
+    documents that are packed into a row, None where each row is one. ``reference_B`` is what a reference
+    model gives the predicted tokens of a row, in nats (preferences.py)."""
 
     ids_BT: "Tensor"
     target_BT: "Tensor"
     real_BT: "Tensor | None" = None
     document_BT: "Tensor | None" = None
+    reference_B: "Tensor | None" = None
 
 
 class Part(Protocol):

@@ -12,12 +12,13 @@ from torch import Tensor
 from moesaic.analysis.evaluate import Evaluation, evaluate
 from moesaic.analysis.plots import load_heatmap, loss_curve, specialisation_heatmap
 from moesaic.analysis.routing import counts_per_layer, dropped_share, specialisation, summarise_load
+from moesaic.data.preferences import PreferenceStore
 from moesaic.errors import DivergedError, RecipeError, ResourceError, Stopped
 from moesaic.files import RunLock, explained
 from moesaic.generate import SampleOptions, stream
 from moesaic.train.interrupt import Interrupt
 from moesaic.train.logger import Logger
-from moesaic.train.objectives import Loss
+from moesaic.train.objectives import Batch, Loss
 from moesaic.train.optim import schedule_factor, set_learning_rate
 from moesaic.train.recipe import Recipe, TrainOptions, load_recipe
 from moesaic.train.rundir import check_same_run, choose_directory, create, read_rows, stored_recipe
@@ -195,11 +196,35 @@ def _evaluate(session: Session, progress: Progress, log: Logger) -> Evaluation:
         row |= {"balance": load.balance, "dead": load.dead_share, "load_entropy": load.entropy}
         counts = {d.domain: d.counts_LE.tolist() for d in result.domains}
         log.load({"step": progress.step, "layers": session.model.config.moe_layers, "counts": counts})
+    if isinstance(session.store, PreferenceStore):
+        pairs = evaluate_pairs(session, session.store)
+        row |= {f"pairs_{name}": value for name, value in pairs.items()}
+        shown = ", ".join(f"{name} {pairs[name]:.4f}" for name in ("main", "accuracy", "margin"))
+        said = f"{said}; held-out pairs: {shown.replace('main', 'loss')}"
     log.row(row)
     log.say(said)
     if session.recipe.eval.sample and progress.step < session.recipe.train.steps:
         log.say(_indent(sample_text(session, session.recipe.eval.sample)))
     return result
+
+
+@torch.no_grad()
+def evaluate_pairs(session: Session, store: PreferenceStore) -> dict[str, float]:
+    """The parts of the objective over all held-out pairs, each pair weighing the same."""
+    total = len(store.pairs["val"])
+    size = max(1, session.eval_batch_size() // 2)
+    sums: dict[str, float] = {}
+    session.model.eval()
+    for start in range(0, total, size):
+        numbers = list(range(start, min(total, start + size)))
+        with session.precision():
+            parts = session.objective(
+                session.model, Batch(*store.windows("val", numbers)).to(session.device)
+            ).parts
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(numbers)
+    session.model.train()
+    return {name: value / total for name, value in sums.items()}
 
 
 def sample_text(session: Session, tokens: int) -> str:
@@ -275,7 +300,7 @@ class _Meter:
 
     def now(self, options: TrainOptions) -> tuple[float, float, float | None]:
         """For the eye: the mean loss, the pace, and how uneven the experts' load is since the last row."""
-        loss = float(torch.stack([parts["ce"] for parts in self.losses]).mean())
+        loss = float(torch.stack([parts["main"] for parts in self.losses]).mean())
         pace = self.steps * options.batch_size * options.seq_len / self.seconds
         routings = self.last[-1].routings
         balance = summarise_load(counts_per_layer(routings, wanted=True)).balance if routings else None
@@ -288,7 +313,7 @@ class _Meter:
         row: dict[str, Any] = {
             "step": progress.step,
             "split": "train",
-            "loss": parts.pop("ce"),
+            "loss": parts.pop("main"),
             "tokens": progress.tokens,
             "time": progress.seconds,
             "tokens_per_second": self.steps * options.batch_size * options.seq_len / self.seconds,

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from moesaic.data.corpora import cache_folder
+from moesaic.data.preferences import PreferenceStore
 from moesaic.data.pretrain import prepare
 from moesaic.data.store import Store
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
@@ -18,9 +20,10 @@ from moesaic.lm import load
 from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel
-from moesaic.train.objectives import Batch, Objective, next_token
+from moesaic.train.objectives import Batch, Objective, objective_of
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
 from moesaic.train.recipe import Recipe
+from moesaic.train.references import add_reference
 from moesaic.weights.carried import TEMPLATE, carried_files
 from moesaic.weights.checkpoint import read_checkpoint
 from moesaic.weights.contents import Contents
@@ -63,11 +66,10 @@ class Session:
         return nullcontext()
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """The batch of ``step`` in ``accumulate`` equal parts."""
+        """The batch of ``step`` in ``accumulate`` equal parts; pairs stay together."""
         options = self.recipe.train
         windows = self.store.batch(self.recipe.seed, step, options.batch_size, options.seq_len)
-        batch, size = Batch(*windows), options.batch_size // options.accumulate
-        return [batch.rows(i, i + size).to(self.device) for i in range(0, options.batch_size, size)]
+        return [part.to(self.device) for part in Batch(*windows).split(options.accumulate)]
 
     def eval_batch_size(self) -> int:
         return self.recipe.eval.batch_size or max(1, 16_384 // self.recipe.train.seq_len)
@@ -148,17 +150,20 @@ def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
     freeze(model, recipe, say)
     begun = None if recipe.start is None else _take_weights(model, recipe, device)
     model.to(device)
-    return Session(
+    session = Session(
         recipe=recipe,
         store=store,
         model=model,
         optimizers=build_optimizers(model, recipe.optim),
-        objective=next_token(recipe.loss),
+        objective=objective_of(recipe.loss),
         device=device,
         trainable=[p for p in model.parameters() if p.requires_grad],
         carried=_carried(recipe, begun),
         stop_ids=frozenset() if begun is None else begun.stop_ids,
     )
+    if isinstance(store, PreferenceStore):  # the reference is the model as it is now
+        add_reference(store, model, cache_folder(recipe.data), session.precision, session.bf16, say)
+    return session
 
 
 @dataclass(frozen=True)
