@@ -269,11 +269,12 @@ def test_what_does_not_go_together_is_refused(base: Path, tmp_path: Path) -> Non
     file = write(tmp_path / "pairs.jsonl", *map(pair, range(6)))
     for words, sentence in (
         ([f"start={base}", f"data.path={file}", "loss.objective=next_token"], "do not go together"),
-        ([f"data.path={file}"], "the reference; name it"),
         ([f"start={base}", f"data.path={file}", "data.join=0.5"], "join and pack are for"),
     ):
         with pytest.raises(RecipeError, match=sentence):
             load_recipe("dpo", words)
+    with pytest.raises(RecipeError, match="say start = MODEL"):
+        build_session(load_recipe("dpo", [f"data.path={file}"]), lambda _: None)
     with pytest.raises(RecipeError, match="do not go together"):
         load_recipe("sft", [f"start={base}", f"data.path={file}", "loss.objective=dpo"])
 

@@ -103,8 +103,6 @@ class Recipe(Options):
                 f"loss.objective = {self.loss.objective!r} and data.source = {self.data.source!r} do not go "
                 "together: preferences need dpo, dpo_norm, ipo or kto, and these need preferences"
             )
-        if pairs and self.start is None:
-            raise ValueError("start: preferences are learnt by a model that exists, the reference; name it")
         if self.data.pack and self.model.conv:
             raise ValueError("data.pack: model.conv looks across the borders of packed examples; set it to 0")
         router = self.model.router

@@ -127,6 +127,8 @@ class Session:
 def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
     """Prepare the data, then build and seed the model; prints what is frozen through ``say``."""
     keep_freed_memory()
+    if recipe.data.source == "preferences" and recipe.start is None:
+        raise RecipeError("preferences are learnt by a model that exists, their reference: say start = MODEL")
     device = _device(recipe)
     store = prepare(recipe.data, seq_len=recipe.train.seq_len, progress=say)
     # A corpus shorter than the window is refused here, not after the model has been built.
