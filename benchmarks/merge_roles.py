@@ -41,9 +41,9 @@ def main() -> None:
             parts = chain.make_parts(_say)
             ours = chain.stages(parts, _say)
             steps = chain.expert_steps + chain.router_steps + chain.shared_steps
-            others, missing = rivals(parts, 2, chain.router_steps, _say)
+            others, missing = rivals(parts, chain.router_steps, chain.lr, _say)
             if not networks_only:  # the same for both
-                dense, _ = dense_rivals(parts, 2, steps, _say)
+                dense, _ = dense_rivals(parts, 2, steps, chain.lr, _say)
             proof = prove(parts, {**others, **dense}, ours, missing, _say)
             took = time.perf_counter() - started
             console.print(f"\nseed {seed}, experts tuned in: {chain.kind} ({took:.0f} s)", style="bold")
@@ -53,7 +53,7 @@ def main() -> None:
                 console.print(sentence)
             (parts.root / "proof.json").write_text(json.dumps(proof.as_json(), indent=1))
             for name, share in proof.closed.items():
-                closed.setdefault(f"{chain.kind}: {name}", []).append(share)
+                closed.setdefault(f"{chain.kind}: {name}", []).append(share or 0.0)
     print("\nshare of the gap from base to oracle that is closed, seed by seed")
     for name, shares in closed.items():
         said = ", ".join(f"{share:.2f}" for share in shares)

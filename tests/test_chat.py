@@ -132,8 +132,9 @@ def store_of(tmp_path: Path, seq_len: int = 64, **files: int):  # type: ignore[n
 
 def test_batches_are_padded_and_masked_and_a_function_of_seed_and_step(tmp_path: Path) -> None:
     store = store_of(tmp_path, a=20, b=10)
-    ids_BT, target_BT, real_BT, document_BT = store.batch(1, 2, 6, 64)
-    assert document_BT is None
+    windows = store.batch(1, 2, 6, 64)
+    ids_BT, target_BT, real_BT = windows.ids_BT, windows.target_BT, windows.real_BT
+    assert windows.document_BT is None
     assert torch.equal(store.batch(1, 2, 6, 64).ids_BT, ids_BT)
     assert not torch.equal(store.batch(1, 3, 6, 64).ids_BT[:, :8], ids_BT[:, :8])
     assert (ids_BT[~real_BT] == 0).all()
@@ -146,9 +147,10 @@ def test_batches_are_padded_and_masked_and_a_function_of_seed_and_step(tmp_path:
 
 
 def test_a_tenth_of_each_domain_is_held_out_once(tmp_path: Path) -> None:
-    store = store_of(tmp_path, a=20, b=10)
+    store = store_of(tmp_path, a=200, b=10)
     assert store.domains == ["a", "b"]
-    assert [len(shard.val) for shard in store.shards] == [2, 1]
+    assert 10 < len(store.shards[0].val) < 32  # 20 are expected, with a deviation of 4
+    assert len(store.shards[1].val) >= 1
     held_out = {ids.tobytes() for shard in store.shards for ids, _ in shard.val}
     assert not held_out & {ids.tobytes() for shard in store.shards for ids, _ in shard.train}
     windows = list(store.validation(2, 64))
@@ -158,6 +160,34 @@ def test_a_tenth_of_each_domain_is_held_out_once(tmp_path: Path) -> None:
     assert bytes_ == 1
     with pytest.raises(DataError, match="no domain 'c'"):
         store.validation(1, 64, "c")
+
+
+def test_no_length_template_or_neighbour_moves_an_example_to_the_other_side(tmp_path: Path) -> None:
+    def sides(seq_len: int, rows: int, template: str) -> dict[str, bool]:
+        data = [{"instruction": f"q {n}", "output": f"{n} " * 9} for n in range(rows)]
+        file, source = write(tmp_path / "rows.jsonl", *data), tmp_path / "t.jinja"
+        source.write_text(template)
+        options = DataOptions(source="instructions", path=str(file), tokenizer="byte", template=str(source))
+        store = prepare_examples(options, Tokenizer.byte(), seq_len, lambda _: None)
+        found = {}
+        for shard in store.shards:
+            for held, part in ((False, shard.train), (True, shard.val)):
+                for ids, _ in part:
+                    text = Tokenizer.byte().decode(ids.tolist())
+                    found[text[text.index("q ") :].split("\n")[0]] = held
+        return found
+
+    first = sides(64, 80, PLAIN)
+    for other in (sides(24, 80, PLAIN), sides(64, 40, PLAIN), sides(64, 80, "# " + PLAIN)):
+        assert other.items() <= first.items()
+        assert len(other) >= 40
+
+
+def test_rows_of_another_domain_are_not_this_ones(tmp_path: Path) -> None:
+    rows = [{"domain": "ab"[n % 2], "instruction": f"{n}", "output": "x"} for n in range(6)]
+    file = write(tmp_path / "mixed.jsonl", *rows, {"instruction": "any", "output": "y"})
+    assert [e.messages[0]["content"] for e in read_examples(file, "a")] == ["0", "2", "4", "any"]
+    assert [e.domain for e in read_examples(file)] == ["a", "b"] * 3 + ["mixed"]
 
 
 def test_examples_cut_to_nothing_are_counted_and_a_domain_of_them_is_named(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def store_of(base: Path) -> ExampleStore:
 def test_a_documents_loss_is_that_of_its_targets_alone(base: Path) -> None:
     store, lm = store_of(base), moesaic.load(base)
     documents = held_out(store)
-    assert documents.domain_N.tolist() == [0] * 8 + [1] * 8
+    assert documents.domain_N.tolist() == sorted(documents.domain_N.tolist())
+    assert len(documents.coded) == sum(len(shard.val) for shard in store.shards)
     sums, counts = losses_of(lm.model, documents, 60)
     for n, (ids, learnt) in enumerate(documents.coded):
         ids, learnt = ids[:61], learnt[:61]
@@ -61,13 +62,17 @@ def test_a_documents_loss_is_that_of_its_targets_alone(base: Path) -> None:
 
 def test_switching_documents_are_halves_of_two_domains(base: Path) -> None:
     documents = switching(store_of(base), 40, most=10)
+    assert documents is not None
     assert len(documents.coded) == 10
     tokenizer = moesaic.load(base).tokenizer
     for ids, _ in documents.coded:
         text = tokenizer.decode(ids)
         assert "th" in text
         assert "1" in text
-    assert switching(store_of(base), 40, most=10).coded[3][0].tolist() == documents.coded[3][0].tolist()
+    again = switching(store_of(base), 40, most=10)
+    assert again is not None
+    assert again.coded[3][0].tolist() == documents.coded[3][0].tolist()
+    assert switching(store_of(base), 2) is None  # nothing is left to predict in a half of one token
 
 
 def made(
@@ -127,3 +132,15 @@ def test_the_oracle_takes_each_document_from_its_own_expert() -> None:
     sums, _ = oracle(documents, losses, {"a": "base", "b": "ours"})
     assert (sums[:300] == losses["base"][0][:300]).all()
     assert (sums[300:] == losses["ours"][0][300:]).all()
+
+
+def test_what_is_no_number_is_no_better_and_a_gap_must_be_there() -> None:
+    documents, losses = made(-0.1, 0.2)
+    sums, counts = losses["ours"]
+    broken = {**losses, "ours": (sums * np.nan, counts), "twin": losses["base"]}
+    comparison = Comparison(documents, "base", broken)
+    assert verdict(comparison, "ours", ["base"]) == [
+        "ours is NOT clearly better than base (no clear difference)."
+    ]
+    assert gap_closed(comparison, "base", "twin") is None
+    assert "no gap to close" in verdict(comparison, "base", ["twin"], "twin")[1]

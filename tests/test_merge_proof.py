@@ -1,13 +1,16 @@
 """A merge against its rivals, from the command line: what is compared, what is said, what the card keeps."""
 
+import io
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from dense_donors import TEMPLATE, change, chat_template, dense
+from rich.console import Console
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,8 +49,8 @@ def parts(tmp_path: Path) -> Parts:
 
 
 def test_every_rival_is_made_and_measured(parts: Parts) -> None:
-    others, missing = rivals(parts, 2, 2, quiet)
-    dense_ones, no_dense = dense_rivals(parts, 2, 2, quiet)
+    others, missing = rivals(parts, 2, 1e-3, quiet)
+    dense_ones, no_dense = dense_rivals(parts, 2, 2, 1e-3, quiet)
     others, left_out = {**others, **dense_ones}, [*missing, *no_dense]
     assert list(others)[:3] == ["base", "mill", "sums"]
     assert {HIDDEN, SMOL, DENSE, WIDE} < others.keys()
@@ -85,11 +88,11 @@ def test_a_widened_base_is_the_base_until_it_is_trained(parts: Parts) -> None:
 
 def test_what_was_not_trained_is_said_to_be_missing(parts: Parts) -> None:
     bare = Parts(parts.root, parts.base, parts.experts, parts.roles, {}, 3, 48, FEW)
-    others, left_out = rivals(bare, 2, 0, quiet)
+    others, left_out = rivals(bare, 0, None, quiet)
     assert HIDDEN in others  # its prompts are the first questions of the data
     assert SMOL not in others
     assert [sentence.partition(" (")[0] for sentence in left_out] == [SMOL]
-    assert dense_rivals(bare, 2, 0, quiet)[0] == {}
+    assert dense_rivals(bare, 2, 0, None, quiet)[0] == {}
     foreign = Parts(
         parts.root, parts.base, parts.experts, {**parts.roles, "odd": parts.roles["mill"]}, {}, 3, 48
     )
@@ -126,6 +129,89 @@ def test_the_command_finds_the_parts_and_writes_the_card(
         cli.main()
     assert refused.value.code == 2
     assert "does not say what it was merged of" in capsys.readouterr().err
+
+
+def test_adapters_and_longer_vocabularies_are_compared_too(parts: Parts, tmp_path: Path) -> None:
+    from test_merge import adapter
+
+    adapter(
+        tmp_path / "lora", parts.base, {"model.layers.0.mlp.up_proj": 2, "model.layers.1.self_attn.q_proj": 2}
+    )
+    mixed = Parts(
+        tmp_path / "w", parts.base, {**parts.experts, "lora": tmp_path / "lora"}, parts.roles, {}, 3, 48
+    )
+    others, left_out = rivals(mixed, 0, None, quiet)
+    assert HIDDEN in left_out[0]  # the adapter has neither prompts nor data
+    whole, base = moesaic.load(others["lora"]), moesaic.load(parts.base)
+    differ = {
+        name
+        for (name, mine), its in zip(whole.model.named_parameters(), base.model.parameters(), strict=True)
+        if not torch.equal(mine, its)
+    }
+    assert differ == {"model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"}
+    soup = moesaic.load(others["average (soup)"])
+    state = [moesaic.load(others[name]).model.state_dict() for name in mixed.experts]
+    for name, tensor in soup.model.state_dict().items():
+        torch.testing.assert_close(tensor, sum(s[name] for s in state) / 3)
+
+
+def test_what_was_made_of_other_parts_is_made_again(parts: Parts) -> None:
+    made = parts.merged("random", quiet, router={"init": "random"})
+    before = (made / "model.safetensors").read_bytes()
+    assert parts.merged("random", quiet, router={"init": "random"}) == made
+    said: list[str] = []
+    other = replace(parts, seed=4)
+    other.merged("random", said.append, router={"init": "random"})
+    assert said
+    assert (made / "model.safetensors").read_bytes() != before
+    (parts.root / "mine").mkdir()
+    with pytest.raises(RecipeError, match="was not made here"):
+        parts.merged("mine", quiet)
+
+
+def test_a_stage_that_was_broken_off_goes_on(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = parts.stage("dense", "expert", parts.base, 4, quiet, "train.only=[]")
+    expected = (whole / "model.safetensors").read_bytes()
+    again = replace(parts, root=parts.root.parent / "again")
+
+    def fail(*_: object) -> str:
+        raise OSError("broken off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moesaic.train.merge_parts.export_model", fail)
+        with pytest.raises(OSError, match="broken off"):
+            again.stage("dense", "expert", parts.base, 4, quiet, "train.only=[]")
+    assert (
+        again.stage("dense", "expert", parts.base, 4, quiet, "train.only=[]") / "model.safetensors"
+    ).exists()
+    assert (again.root / "dense" / "model.safetensors").read_bytes() == expected
+
+
+def test_names_that_a_table_or_a_key_would_trip_over(parts: Parts, tmp_path: Path) -> None:
+    renamed = dict(zip(("v1.5[/b]", "x|y"), parts.experts.values(), strict=True))
+    files = dict(zip(renamed, parts.roles.values(), strict=True))
+    odd = replace(parts, experts=renamed, roles=files, prompts={})
+    others, missing = rivals(odd, 0, None, quiet)
+    proof = prove(odd, others, {"ours": odd.merged("zero", quiet, router={"init": "zero"})}, missing, quiet)
+    assert "| x/y |" in proof.markdown()
+    text = io.StringIO()
+    Console(file=text, width=200).print(*proof.tables(200))
+    assert "v1.5[/b]" in text.getvalue()
+    for names in (("base", "b"), ("a", "random router")):
+        with pytest.raises(RecipeError, match="names a row of the comparison"):
+            rivals(
+                replace(parts, experts=dict(zip(names, parts.experts.values(), strict=True))), 0, None, quiet
+            )
+    with pytest.raises(RecipeError, match="names two models"):
+        prove(parts, others, {"base": parts.base}, [], quiet)
+
+
+def test_one_role_alone_is_measured_too(parts: Parts) -> None:
+    one = replace(parts, roles={"mill": parts.roles["mill"]})
+    others, missing = rivals(one, 0, None, quiet)
+    proof = prove(one, others, {"ours": one.merged("zero", quiet, router={"init": "zero"})}, missing, quiet)
+    assert proof.changing is None
+    assert not any("change role" in sentence for sentence in proof.sentences())
 
 
 def test_a_card_keeps_what_people_wrote(tmp_path: Path) -> None:

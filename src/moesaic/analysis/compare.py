@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.table import Table
+from rich.text import Text
 
-from moesaic.data.examples import Coded, ExampleStore, join_examples, padded
+from moesaic.data.examples import Coded, ExampleStore, fits_in_half, join_examples, padded
 from moesaic.losses import token_losses
 from moesaic.model.transformer import LanguageModel
 
@@ -41,12 +42,16 @@ def held_out(store: ExampleStore) -> Documents:
     return Documents(store.domains, coded, np.array(domain_N, np.int64))
 
 
-def switching(store: ExampleStore, seq_len: int, seed: int = 0, most: int = 256) -> Documents:
-    """Documents that are half of one held-out text and half of one of another domain."""
+def switching(store: ExampleStore, seq_len: int, seed: int = 0, most: int = 256) -> Documents | None:
+    """Documents that are half of one held-out text and half of one of another domain, both with something to
+    predict; None where there are no two such domains."""
     documents, generator = held_out(store), np.random.default_rng(seed)
+    fit = [n for n, coded in enumerate(documents.coded) if fits_in_half(coded, seq_len)]
+    if len({int(documents.domain_N[n]) for n in fit}) < 2:
+        return None
     rows: list[Coded] = []
     while len(rows) < most:
-        a, b = generator.integers(0, len(documents.coded), 2)
+        a, b = (fit[n] for n in generator.integers(0, len(fit), 2))
         if documents.domain_N[a] != documents.domain_N[b]:
             rows.append(join_examples(documents.coded[a], documents.coded[b], seq_len))
     return Documents(["switch"], rows, np.zeros(len(rows), np.int64))
@@ -132,7 +137,7 @@ class Comparison:
         wide = longest + 40 + sum(3 + max(5, len(domain)) for domain in self.documents.domains) <= width
         table.add_column("model")
         for domain in self.documents.domains if wide else ():
-            table.add_column(domain, justify="right")
+            table.add_column(Text(domain), justify="right")
         table.add_column("mean", justify="right")
         table.add_column(f"less {self.reference} (95 %)", justify="right")
         for row in self.rows():
@@ -140,7 +145,7 @@ class Comparison:
             difference = f"{row.difference[0]:+.3f} ({low:+.3f}, {high:+.3f})"
             cells = [f"{x:.3f}" for x in row.loss_C] if wide else []
             difference = "" if row.name == self.reference else difference
-            table.add_row(row.name, *cells, f"{row.loss:.3f}", difference)
+            table.add_row(Text(row.name), *cells, f"{row.loss:.3f}", difference)
         return table
 
     def domain_table(self, names: Sequence[str]) -> Table:
@@ -148,10 +153,10 @@ class Comparison:
         table = Table(title="the same by role", title_justify="left", title_style="bold")
         table.add_column("text of")
         for name in names:
-            table.add_column(name, justify="right")
+            table.add_column(Text(name), justify="right")
         losses = {row.name: row.loss_C for row in self.rows()}
         for c, domain in enumerate(self.documents.domains):
-            table.add_row(domain, *(f"{losses[name][c]:.3f}" for name in names))
+            table.add_row(Text(domain), *(f"{losses[name][c]:.3f}" for name in names))
         return table
 
 
@@ -174,7 +179,7 @@ def verdict(
     worse = []
     for other in against:
         _, low, high = comparison.difference(ours, other)
-        if high >= 0:
+        if not high < 0:  # NaN too is no better
             worse.append(f"{other} ({'worse' if low > 0 else 'no clear difference'})")
     if worse:
         sentences.append(f"{ours} is NOT clearly better than {', '.join(worse)}.")
@@ -183,12 +188,15 @@ def verdict(
     if oracle_name is not None:
         closed = gap_closed(comparison, ours, oracle_name)
         sentences.append(
-            f"It closes {100 * closed:.0f} % of the gap from {comparison.reference} to {oracle_name}."
+            f"There is no gap to close: {oracle_name} is no better than {comparison.reference}."
+            if closed is None
+            else f"It closes {100 * closed:.0f} % of the gap from {comparison.reference} to {oracle_name}."
         )
     return sentences
 
 
-def gap_closed(comparison: Comparison, ours: str, oracle_name: str) -> float:
-    """(reference - ours) / (reference - oracle)."""
+def gap_closed(comparison: Comparison, ours: str, oracle_name: str) -> float | None:
+    """(reference - ours) / (reference - oracle); None where the oracle is no better than the reference."""
     reference = comparison.loss(comparison.reference)
-    return (reference - comparison.loss(ours)) / (reference - comparison.loss(oracle_name))
+    gap = reference - comparison.loss(oracle_name)
+    return (reference - comparison.loss(ours)) / gap if gap > 0 else None

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -10,6 +10,9 @@ from rich.text import Text
 from moesaic.cli.arguments import AsJson, ModelDir
 from moesaic.errors import RecipeError
 from moesaic.terminal import out, print_rows, say
+
+if TYPE_CHECKING:
+    from moesaic.train.merge_parts import Parts
 
 Base = Annotated[str | None, typer.Option(help="The dense model that the experts were tuned from.")]
 
@@ -79,41 +82,77 @@ def eval_merge(
         Path | None, typer.Option(help="Where the rivals are made, and kept; default: beside the model.")
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Where a text is cut.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the rivals.")] = 1337,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rivals.")] = 1337,
     as_json: AsJson = False,
 ) -> None:
     """Measure a merge against all that could be made of the same parts, on held-out text; overrides (a.b=c)
     are for the runs that rivals need. The table and the verdict also go into the model's card."""
-    from moesaic.merge.options import merge_options, recorded_options
-    from moesaic.train.merge_parts import Parts
-    from moesaic.train.merge_proof import dense_rivals, prove, rivals
+    from moesaic.train.merge_proof import check_names, check_roles, dense_rivals, prove, rivals
     from moesaic.weights.card import write_measured
 
-    if base or expert:
-        options = merge_options(None, base, expert or [], [], [])
-    elif (known := recorded_options(model)) is not None:
-        options = known
-    else:
-        raise RecipeError(f"{model}: does not say what it was merged of; give --base and --expert NAME=DIR")
-    home = work or model.absolute().parent / f"{model.name}-rivals"
-    experts = {name: Path(source.model).expanduser() for name, source in options.experts.items()}
-    prompts = {name: source.positive for name, source in options.experts.items() if source.positive}
-    files = {name: Path(file) for name, file in _pairs("--data", data).items()}
-    base_model = Path(options.base).expanduser()
-    parts = Parts(home, base_model, experts, files, prompts, seed, seq_len, context.args)
-    others, missing = rivals(parts, options.top_k, router_steps, say)
-    dense, no_dense = dense_rivals(parts, options.top_k, dense_steps, say)
+    parts, top_k = _parts_of(model, base, expert or [], data, work, seq_len, seed, context.args)
     ours = {name: Path(directory) for name, directory in _pairs("--stage", stage or []).items()}
+    check_names({**parts.experts, **ours})
+    check_roles(parts)
+    others, missing = rivals(parts, router_steps, None, say)
+    dense, no_dense = dense_rivals(parts, top_k, dense_steps, None, say)
     proof = prove(parts, {**others, **dense}, {**ours, "the merge": model}, [*missing, *no_dense], say)
-    if (model / "config.json").exists():
-        write_measured(model, proof.markdown())
     if as_json:
         typer.echo(json.dumps(proof.as_json()))
-        return
-    for table in proof.tables(out.width):
+    for table in [] if as_json else proof.tables(out.width):
         out.print(table)
-    for sentence in proof.sentences():
+    for sentence in [] if as_json else proof.sentences():
         out.print(Text(sentence, style="bold"), soft_wrap=True)
+    if (model / "config.json").exists():
+        write_measured(model, proof.markdown())
+        say(f"written into {model / 'README.md'}")
+    else:
+        say(f"{model}: is a run, which has no card; export it to have one")
+
+
+def _parts_of(
+    model: Path,
+    base: str | None,
+    experts: list[str],
+    data: list[str],
+    work: Path | None,
+    seq_len: int,
+    seed: int,
+    overrides: list[str],
+) -> "tuple[Parts, int]":
+    """What a merge was made of, by its own memory or by what was given; and its top-k. Everything is looked
+    at before anything is made. Raises RecipeError."""
+    from moesaic.lm import described
+    from moesaic.merge.options import merge_options, recorded_options
+    from moesaic.train.merge_parts import Parts
+    from moesaic.train.recipe import load_recipe
+
+    config, _ = described(model)
+    known = recorded_options(model)
+    options = merge_options(None, base, experts, [], []) if base or experts else known
+    if options is None:
+        raise RecipeError(f"{model}: does not say what it was merged of; give --base and --expert NAME=DIR")
+    for path in (options.base, *(source.model for source in options.experts.values())):
+        if not Path(path).expanduser().is_dir():
+            raise RecipeError(f"{path}: no such directory here; say --base DIR and --expert NAME=DIR")
+    router = config.router
+    merging: dict[str, object] = {"top_k": router.top_k, "renormalize": router.weights_sum_to_one}
+    if known is not None:
+        merging |= {"shared_expert": known.shared_expert, "dtype": known.dtype}
+    prompts = {name: source.positive for name, source in options.experts.items() if source.positive}
+    parts = Parts(
+        work or model.absolute().parent / f"{model.name}-rivals",
+        Path(options.base).expanduser(),
+        {name: Path(source.model).expanduser() for name, source in options.experts.items()},
+        {name: Path(file).expanduser() for name, file in _pairs("--data", data).items()},
+        prompts,
+        seed,
+        seq_len,
+        overrides,
+        merging,
+    )
+    load_recipe("router", [f"start={parts.base}", *overrides])  # so that a bad override is told now
+    return parts, router.top_k
 
 
 def _pairs(option: str, words: list[str]) -> dict[str, str]:

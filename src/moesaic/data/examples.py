@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moesaic.data.chat import ChatTemplate, load_template
 from moesaic.data.corpora import DataOptions, files_by_domain
-from moesaic.data.instructions import read_examples, tokens_of
+from moesaic.data.instructions import read_examples, split_key, tokens_of, which_held_out
 from moesaic.data.store import IGNORED, Split, Windows, generator_of
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError
@@ -119,14 +119,14 @@ def prepare_examples(
     options: DataOptions, tokenizer: Tokenizer, seq_len: int, say: Callable[[str], None]
 ) -> ExampleStore:
     """Read, render and tokenise every example of ``options.path``, cut to ``seq_len`` tokens and the one
-    after; the last ``val_fraction`` of each domain, in an order made of their text, is held out.
+    after; about ``val_fraction`` of each domain is held out, chosen by the examples' words.
 
     Raises DataError naming file and line, and for a domain of which nothing is left.
     """
     if not options.path:
         raise DataError("data.path: name the files of instructions, as data.path.coder=coder.jsonl")
     template = template_of(options)
-    domains: dict[str, list[tuple[str, Ids, NDArray[np.bool_]]]] = {}
+    domains: dict[str, list[tuple[str, Coded]]] = {}
     lost = 0
     for label, paths in files_by_domain(options).items():
         named = label if isinstance(options.path, dict) else None
@@ -137,8 +137,7 @@ def prepare_examples(
                 if not learnt[1:].any():
                     lost += 1
                     continue
-                order = hashlib.sha256(ids.tobytes()).hexdigest()
-                domains.setdefault(example.domain, []).append((order, ids, learnt))
+                domains.setdefault(example.domain, []).append((split_key(example), (ids, learnt)))
             if not domains.get(named or path.stem) and named:
                 raise DataError(
                     f"{path}: nothing is left to learn of {named} in train.seq_len = {seq_len} tokens"
@@ -146,15 +145,18 @@ def prepare_examples(
     if not domains:
         raise DataError(f"data.path: no example has anything to learn in train.seq_len = {seq_len} tokens")
     shards, digest = [], hashlib.sha256(tokenizer.fingerprint.encode())
-    for label, examples in domains.items():
-        examples = sorted(examples, key=lambda example: example[0])[: options.max_documents]
-        held_out = max(1, round(options.val_fraction * len(examples)))
-        if held_out >= len(examples):
-            raise DataError(f"domain {label} has {len(examples)} example: too few to hold one out; give more")
-        kept = [(ids, learnt) for _, ids, learnt in examples]
-        shards.append(Domain(label, kept[:-held_out], kept[-held_out:]))
-        digest.update("".join([label, *(order for order, _, _ in examples)]).encode())
-        say(f"{label}: {len(examples):,} examples, {held_out:,} held out, {shards[-1].tokens:,} targets")
+    for label, found in domains.items():
+        # Ordered by the end of the key: its beginning says what is held out.
+        found = sorted(found, key=lambda example: example[0][::-1])[: options.max_documents]
+        if len(found) < 2:
+            raise DataError(f"domain {label} has {len(found)} example: too few to hold one out; give more")
+        out = which_held_out([key for key, _ in found], options.val_fraction)
+        train = [coded for (_, coded), held in zip(found, out, strict=True) if not held]
+        val = [coded for (_, coded), held in zip(found, out, strict=True) if held]
+        shards.append(Domain(label, train, val))
+        digest.update("".join([label, *(key for key, _ in found)]).encode())
+        digest.update(b"".join(ids.tobytes() for _, (ids, _) in found))
+        say(f"{label}: {len(found):,} examples, {len(val):,} held out, {shards[-1].tokens:,} targets")
     notes = [f"{lost:,} examples have nothing to learn in {seq_len} tokens; left out"] if lost else []
     digest.update(f"{options.val_fraction} {seq_len}".encode())
     return ExampleStore(shards, tokenizer, digest.hexdigest(), notes, options.join, options.pack)

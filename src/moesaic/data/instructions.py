@@ -7,7 +7,9 @@ A row holds ``messages`` (role and content), or ``instruction``, perhaps ``input
 Shape legend: T positions.
 """
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +40,16 @@ def read_examples(
     path: Path, domain: str | None = None, field: str = "text", max_line_bytes: int = _MOST_LINE
 ) -> Iterator[Example]:
     """Every example of a file: JSON lines, or one plain text; ``field`` holds the text of a row that is no
-    conversation. Raises DataError naming file and line."""
+    conversation. With ``domain`` only those that belong to it: rows that say ``domain`` themselves may belong
+    to another, all else is its. Raises DataError naming file and line."""
     if path.suffix.lower() not in (".jsonl", ".json"):
         for text in read_texts(path, field, max_line_bytes):
             yield Example([], text, domain or path.stem, str(path))
         return
     for where, row in read_rows(path, max_line_bytes):
         own = row.get("domain")
+        if domain and isinstance(own, str) and own and own != domain:
+            continue
         label = domain or (own if isinstance(own, str) and own else path.stem)
         messages = _messages(row, where)
         yield Example(messages, "" if messages else text_of(row, field, where), label, where)
@@ -67,6 +72,24 @@ def tokens_of(
     for begin, end in spans:
         learnt |= (start >= begin) & (start < end)
     return ids, learnt
+
+
+def split_key(example: Example) -> str:
+    """What decides whether an example is held out: a hash of its words, so that no other template, tokenizer,
+    length or neighbour moves it from one side to the other."""
+    words = json.dumps(example.messages, sort_keys=True) if example.messages else example.text
+    return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def which_held_out(keys: Sequence[str], fraction: float) -> list[bool]:
+    """Which of the examples with these keys are held out: those below ``fraction``, but one at least, and not
+    all."""
+    below = [int(key[:12], 16) < fraction * 16**12 for key in keys]
+    if not any(below):
+        below[min(range(len(keys)), key=lambda n: keys[n])] = True
+    elif all(below):
+        below[max(range(len(keys)), key=lambda n: keys[n])] = False
+    return below
 
 
 def _messages(row: dict[str, Any], where: str) -> list[Message]:

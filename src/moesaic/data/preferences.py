@@ -8,6 +8,7 @@ Shape suffixes: P pairs, B = 2 P rows, the chosen answer of a pair before its re
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from moesaic.data.chat import PLAIN_TEMPLATE, ChatTemplate, Message
 from moesaic.data.corpora import DataOptions, files_by_domain
 from moesaic.data.examples import Coded, padded, template_of
+from moesaic.data.instructions import which_held_out
 from moesaic.data.readers import read_rows
 from moesaic.data.store import Split, Windows, generator_of
 from moesaic.data.tokenizers import Tokenizer
@@ -127,18 +129,20 @@ def prepare_preferences(
                 if not all(learnt[1:].any() for _, learnt in short):
                     cut += 1
                     continue
-                found.append((_order(pair), (short[0], short[1])))
-        found = sorted(found, key=lambda entry: entry[0])[: options.max_documents]
-        held_out = max(1, round(options.val_fraction * len(found)))
-        if held_out >= len(found):
+                found.append((_key(row), (short[0], short[1])))
+        found = sorted(found, key=lambda entry: entry[0][::-1])[: options.max_documents]
+        if len(found) < 2:
             raise DataError(
                 f"domain {label} has {len(found)} pair(s) left in train.seq_len = {seq_len} tokens, too few "
                 f"to hold one out ({equal} of equal answers, {cut} cut away)"
             )
-        pairs = [pair for _, pair in found]
-        shards.append(PairDomain(label, pairs[:-held_out], pairs[-held_out:]))
-        digest.update("".join([label, str(options.val_fraction), *(order for order, _ in found)]).encode())
-        say(f"{label}: {len(found):,} pairs, {held_out:,} held out")
+        out = which_held_out([key for key, _ in found], options.val_fraction)
+        train = [pair for (_, pair), held in zip(found, out, strict=True) if not held]
+        val = [pair for (_, pair), held in zip(found, out, strict=True) if held]
+        shards.append(PairDomain(label, train, val))
+        digest.update("".join([label, str(options.val_fraction), *(key for key, _ in found)]).encode())
+        digest.update(b"".join(ids.tobytes() for _, pair in found for ids, _ in pair))
+        say(f"{label}: {len(found):,} pairs, {len(val):,} held out")
     notes = [f"{equal:,} pairs have two equal answers; left out"] if equal else []
     notes += [f"{cut:,} pairs lose an answer in {seq_len} tokens; left out"] if cut else []
     return PreferenceStore(shards, tokenizer, digest.hexdigest(), notes, seq_len)
@@ -194,8 +198,10 @@ def _turns(row: dict[str, Any], name: str, where: str) -> list[Message]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
-def _order(pair: Pair) -> str:
-    return hashlib.sha256(pair[0][0].tobytes() + b"|" + pair[1][0].tobytes()).hexdigest()
+def _key(row: dict[str, Any]) -> str:
+    """What decides whether a pair is held out: a hash of its words."""
+    words = json.dumps({name: row.get(name) for name in ("prompt", "chosen", "rejected")}, sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def _answers(pairs: list[Pair]) -> int:

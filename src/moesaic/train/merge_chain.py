@@ -2,6 +2,7 @@
 
 ``benchmarks/merge_roles.py`` and ``moesaic demo-merge`` are this with other roles and sizes."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Chain:
         self._base(say)
         parts, which = self.parts, [] if self.networks_only else ["train.only=[]"]
         for role, file in self.roles.items():
-            data = f"data.path={{{role} = {str(file)!r}}}"
+            data = f"data.path={{{json.dumps(role)} = {json.dumps(str(file))}}}"
             words = (f"optim.lr={self.lr}", data, *which)
             parts.stage(f"expert-{role}", "expert", parts.base, self.expert_steps, say, *words)
         return parts
