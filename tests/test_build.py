@@ -134,7 +134,7 @@ def test_a_dataset_that_is_gone_is_named_and_the_rest_goes_on(
     taken = build(BuildOptions.model_validate({"source": sources}), out, said.append)
     assert calls == [(("owner/gone", "x"), {"split": "train", "revision": None, "streaming": True})]
     assert [len(one.rows) for one in taken] == [0, 10, 0]
-    assert any("owner/gone is left out" in s and "no longer supported" in s for s in said)
+    assert any("owner/gone: it is left out" in s and "no longer supported" in s for s in said)
     assert any("has no column 'solution'; it has question, answer, table" in s for s in said)
     assert len(out.read_text().splitlines()) == 10
 
@@ -160,7 +160,16 @@ def test_what_cannot_be_built_is_refused(tmp_path: Path) -> None:
     for text, sentence in (
         ('[[source]]\ndomain = "d"\ndataset = "x"\n', "give one of"),
         ('[[source]]\ndomain = "d"\noutput = "{a}"\ninstruction = "{b}"\n', "give dataset"),
-        ('[[source]]\ndomain = "d"\ndataset = "x"\noutput = "{a}"\n', "without an instruction"),
+        (
+            '[[source]]\ndomain = "d"\ndataset = "x"\noutput = "{a}"\n',
+            "instruction, input and output go together",
+        ),
+        ('[[source]]\ndomain = "d"\ndataset = "x"\nturns = "t"\ninput = "{a}"\n', "go together"),
+        ('[[source]]\ndomain = "d"\ndataset = "x"\npath = "y"\nturns = "t"\n', "one of them"),
+        (
+            '[[source]]\ndomain = "d"\npath = "y"\nsplit = "test"\nturns = "t"\n',
+            "path names its files itself",
+        ),
         ("source = []\n", "source"),
     ):
         file.write_text(text)
@@ -182,3 +191,38 @@ def test_random_text_says_that_it_teaches_nothing(tmp_path: Path) -> None:
     assert any("TEACHES NOTHING" in note for note in store.notes)
     assert store.train_tokens == 2700
     assert prepare(options, seq_len=16).fingerprint == store.fingerprint
+
+
+def test_what_strangers_write_is_passed_over_or_told_safely(tmp_path: Path) -> None:
+    rows = [{"q": "a", "a": "\ud800"}, {"q": "b", "a": "c"}]
+    source = {
+        "domain": "d",
+        "path": str(jsonl(tmp_path / "rows.jsonl", rows)),
+        "instruction": "{q}",
+        "output": "{a}",
+    }
+    assert [row["instruction"] for row in built(tmp_path, source)] == ["b"]
+    said: list[str] = []
+    odd = {**source, "path": str(jsonl(tmp_path / "odd.jsonl", [{"\x1b[31mq": "a"}]))}
+    (tmp_path / "out.jsonl").unlink()
+    build(BuildOptions.model_validate({"source": [odd, source]}), tmp_path / "out.jsonl", said.append)
+    assert not any("\x1b" in sentence for sentence in said)
+    (tmp_path / "out.jsonl").unlink()
+    nested = jsonl(tmp_path / "deep" / "er" / "rows.jsonl", rows)
+    glob = {**source, "path": str(nested.parent.parent / "**" / "*.jsonl")}
+    assert len(built(tmp_path, glob)) == 1
+    for path in ("~nobody-has-this-name/x", str(tmp_path / "**.none")):
+        with pytest.raises(DataError, match="no source gave a row"):
+            build(BuildOptions.model_validate({"source": [{**source, "path": path}]}), tmp_path / "o", quiet)
+    with pytest.raises((RecipeError, DataError)):
+        build(BuildOptions.model_validate({"source": [source]}), tmp_path / "rows.jsonl" / "x" / "o", quiet)
+
+
+def test_a_copy_without_the_split_is_not_another_one(tmp_path: Path) -> None:
+    jsonl(tmp_path / "owner" / "set" / "train.jsonl", [{"q": "a", "a": "b"}])
+    jsonl(tmp_path / "owner" / "set" / "dataset_infos.json", ["no rows"])
+    source = {"domain": "d", "dataset": "owner/set", "instruction": "{q}", "output": "{a}"}
+    assert len(built(tmp_path, source, local=str(tmp_path))) == 1
+    (tmp_path / "out.jsonl").unlink()
+    with pytest.raises(DataError, match="no source gave a row"):
+        built(tmp_path, {**source, "split": "validation"}, local=str(tmp_path))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 import moesaic  # noqa: E402
 from moesaic import cli  # noqa: E402
-from moesaic.errors import RecipeError  # noqa: E402
+from moesaic.errors import CheckpointError, RecipeError  # noqa: E402
 from moesaic.merge.merge import merge  # noqa: E402
 from moesaic.merge.options import MergeOptions, recorded_options  # noqa: E402
 from moesaic.train.merge_parts import Parts  # noqa: E402
@@ -220,6 +221,21 @@ def test_a_card_keeps_what_people_wrote(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text() + "\nMore words.\n"
     (tmp_path / "README.md").write_text(text)
     write_measured(tmp_path, "second")
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "README.md").write_text(text.replace("<!-- measured: end -->", ""))
+    with pytest.raises(CheckpointError, match="no '<!-- measured: end -->' after it"):
+        write_measured(half, "third")
     assert re.sub(r"\n+", "\n", (tmp_path / "README.md").read_text()) == (
         "# Mine\nWords.\n<!-- measured: begin -->\n## Measured\nsecond\n<!-- measured: end -->\nMore words.\n"
     )
+
+
+def test_a_strangers_recipe_of_a_merge_is_believed_in_nothing(tmp_path: Path) -> None:
+    (tmp_path / "merge.toml").write_text("base = " + "[" * 100_000)
+    with pytest.raises(RecipeError, match="brackets inside brackets"):
+        recorded_options(tmp_path)
+    (tmp_path / "merge.toml").unlink()
+    os.mkfifo(tmp_path / "merge.toml")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        recorded_options(tmp_path)

@@ -169,9 +169,13 @@ def test_frozen_experts_stay_in_bfloat16_and_change_no_bit(
 
 def test_the_command_line_names_a_start_and_what_is_frozen() -> None:
     words = training_words(["moe", "optim.lr=1"], ["a=a.jsonl", "b=b.jsonl"], "experts")
-    assert words[:3] == ["start=moe", "data.path.a=a.jsonl", "data.path.b=b.jsonl"]
-    assert words[3:] == ['train.freeze=["*.mlp.experts.*"]', "train.only=[]", "optim.lr=1"]
-    assert training_words(["--optim.lr", "1"], ["a.jsonl"], None) == ["data.path=a.jsonl", "--optim.lr", "1"]
+    assert words[:2] == ["start=moe", 'data.path={"a" = "a.jsonl", "b" = "b.jsonl"}']
+    assert words[2:] == ['train.freeze=["*.mlp.experts.*"]', "train.only=[]", "optim.lr=1"]
+    assert training_words(["--optim.lr", "1"], ["a.jsonl"], None) == [
+        'data.path="a.jsonl"',
+        "--optim.lr",
+        "1",
+    ]
     for data, freeze, sentence in (
         (["a.jsonl", "b.jsonl"], None, "give one FILE"),
         (["a.jsonl", "b=b.jsonl"], None, "give one FILE"),
@@ -189,3 +193,50 @@ def test_freeze_shared_makes_an_expert_and_nothing_trains_all(tmp_path: Path) ->
         session = build_session(load_recipe("expert", words), lambda _: None)
         assert session.model.model.layers[0].self_attn.q_proj.weight.requires_grad == expected
         assert session.model.model.layers[0].mlp.up_proj.weight.requires_grad
+
+
+def test_names_with_dots_and_files_with_equals_signs(tmp_path: Path) -> None:
+    base, files = dense(tmp_path / "base"), roles(tmp_path)
+    chat_template(base, TEMPLATE)
+    odd = tmp_path / "a=b.jsonl"
+    odd.write_bytes(files["mill"].read_bytes())
+    more = [str(base), f"out={tmp_path / 'x'}", *FEW]
+    for data, domains in (([f"v1.5={files['mill']}"], ["v1.5"]), ([str(odd)], ["a=b"])):
+        session = build_session(load_recipe("expert", training_words(more, data, None)), lambda _: None)
+        assert session.store.domains == domains
+
+
+def test_a_run_is_resumed_by_the_words_that_began_it(tmp_path: Path) -> None:
+    base, files = dense(tmp_path / "base"), roles(tmp_path)
+    chat_template(base, TEMPLATE)
+    words = training_words([str(base), f"out={tmp_path / 'run'}", *FEW], [str(files["mill"])], None)
+    out = run("expert", words)
+    (out / "latest").unlink()
+    again = run("expert", words, resume=True)
+    assert again == out
+
+
+def test_random_letters_go_into_any_recipe(merged: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    moe, _ = merged
+    cache = f"data.cache={tmp_path / 'cache'}"
+    words = [f"start={moe}", "data.source=random", cache, f"out={tmp_path / 'x'}", *FEW]
+    told: list[str] = []
+    with pytest.raises(DataError, match="among the 26 characters"):  # of a toy that knows few letters
+        build_session(load_recipe("router", words), told.append)
+    words.append("data.tokenizer=byte")
+    with pytest.raises(RecipeError, match="vocab_size"):
+        build_session(load_recipe("router", words), told.append)
+
+
+def test_what_a_run_left_in_bfloat16_is_trained_on_in_it(
+    merged: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    moe, files = merged
+    moesaic.export_model(moe, tmp_path / "bf16", dtype="bfloat16")
+    words = [f"data.path.{name}={file}" for name, file in files.items()] + [*FEW, "train.precision=bf16"]
+    out = run("router", [f"start={tmp_path / 'bf16'}", f"out={tmp_path / 'router'}", *words])
+    session = build_session(
+        load_recipe("shared", [f"start={out}", f"out={tmp_path / 's'}", *words]), lambda _: None
+    )
+    assert session.model.moe_modules()[0].experts.down_proj.dtype == torch.bfloat16
+    assert moesaic.load(out).model.moe_modules()[0].experts.down_proj.dtype == torch.float32

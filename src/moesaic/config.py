@@ -42,6 +42,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except ValueError as error:  # TOMLDecodeError, or a number with more digits than Python reads
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: not valid TOML: brackets inside brackets without end") from None
 
 
 def read_text(path: Path) -> str:

@@ -146,11 +146,12 @@ class LM:
         return None if attention_mask is None else self.to_device(attention_mask).bool()
 
 
-def load(directory: str | Path, device: str = "cpu") -> LM:
+def load(directory: str | Path, device: str = "cpu", *, as_stored: bool = False) -> LM:
     """Open a run directory, one of its checkpoints, its ``model`` folder, an export, or any Hugging Face
     directory of a family that moesaic knows (weights/families.py); checksums verified where there are any.
 
-    Of a run directory, the finished ``model`` is taken unless a newer checkpoint exists. Raises
+    Of a run directory, the finished ``model`` is taken unless a newer checkpoint exists; it becomes float32,
+    or with ``as_stored`` keeps the bfloat16 in which frozen experts were left, to train on from there. Raises
     CheckpointError (exit 4) naming the damaged file, RecipeError for a path that holds no model,
     ResourceError for a model that memory cannot hold.
     """
@@ -181,6 +182,9 @@ def load(directory: str | Path, device: str = "cpu") -> LM:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     try:
         model.load_state_dict(tensors)
+        if as_stored:
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(tensors[name].dtype)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(f"{path}: model.safetensors does not fit moesaic.json: {reason}") from None

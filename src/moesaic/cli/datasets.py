@@ -27,8 +27,8 @@ def build(
     rows = [
         (
             f"{one.source.domain}: {one.source.name}",
-            f"{len(one.rows):,} rows of {one.looked:,} looked at, {one.passed_over:,} passed over"
-            + (f"; {one.problem}" if one.problem else ""),
+            f"{len(one.rows):,} rows ({one.source.rows:,} wanted) of {one.looked:,} looked at, "
+            f"{one.passed_over:,} passed over" + (f"; {one.problem}" if one.problem else ""),
         )
         for one in taken
     ]

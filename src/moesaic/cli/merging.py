@@ -87,12 +87,15 @@ def eval_merge(
 ) -> None:
     """Measure a merge against all that could be made of the same parts, on held-out text; overrides (a.b=c)
     are for the runs that rivals need. The table and the verdict also go into the model's card."""
+    from moesaic.lm import described
     from moesaic.train.merge_proof import check_names, check_roles, dense_rivals, prove, rivals
     from moesaic.weights.card import write_measured
 
     parts, top_k = _parts_of(model, base, expert or [], data, work, seq_len, seed, context.args)
     ours = {name: Path(directory) for name, directory in _pairs("--stage", stage or []).items()}
     check_names({**parts.experts, **ours})
+    for directory in ours.values():
+        described(directory)
     check_roles(parts)
     others, missing = rivals(parts, router_steps, None, say)
     dense, no_dense = dense_rivals(parts, top_k, dense_steps, None, say)

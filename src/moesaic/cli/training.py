@@ -65,10 +65,15 @@ def training_words(given: list[str], data: list[str], freeze: str | None) -> lis
     words, rest = [], list(given)
     if rest and "=" not in rest[0] and not rest[0].startswith("--"):
         words.append(f"start={rest.pop(0)}")
-    named = ["=" in word for word in data]
-    if (any(named) and not all(named)) or (data and not any(named) and len(data) > 1):
-        raise RecipeError("--data: give one FILE, or NAME=FILE for each of several")
-    words += [f"data.path.{word}" if "=" in word else f"data.path={word}" for word in data]
+    pairs = [("", word) if Path(word).exists() else word.partition("=")[::2] for word in data]
+    pairs = [(name, file) if file else ("", name) for name, file in pairs]
+    if len(pairs) > 1 and (not all(name for name, _ in pairs) or len(dict(pairs)) < len(pairs)):
+        raise RecipeError("--data: give one FILE, or NAME=FILE for each of several, each name once")
+    if pairs and pairs[0][0]:  # as a table: a name may hold a dot
+        table = ", ".join(f"{json.dumps(name)} = {json.dumps(file)}" for name, file in pairs)
+        words.append(f"data.path={{{table}}}")
+    elif pairs:
+        words.append(f"data.path={json.dumps(pairs[0][1])}")
     if freeze is not None and freeze not in _FREEZE:
         raise RecipeError(f"--freeze {freeze}: {', '.join(_FREEZE)} can be frozen")
     return [*words, *(_FREEZE[freeze] if freeze else []), *rest]

@@ -8,6 +8,7 @@ are scripts, which ``datasets`` 4 does not run.
 
 import hashlib
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,13 +21,15 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from moesaic.config import Options, apply_overrides, parse_overrides, read_toml, validate
-from moesaic.data.corpora import hub_rows
+from moesaic.data.corpora import hub_rows, matches
 from moesaic.data.readers import read_rows
 from moesaic.errors import DataError, RecipeError
-from moesaic.files import write_atomic
+from moesaic.files import explained, write_atomic
 
 _MOST_LINE = 64 * 2**20
 _LOOK = 20  # rows looked at for one that is taken, where a source does not say
+_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # no rows
+_SPLITS = ("train", "validation", "test")
 _PLACE = re.compile(r"\{(\w+(?:\.\w+)*)(?:\|(\w+))?\}")
 
 Row = dict[str, Any]
@@ -60,10 +63,12 @@ class SourceOptions(Options):
         ways = [self.output is not None, self.messages is not None, self.turns is not None]
         if sum(ways) != 1:
             raise ValueError("give one of: instruction and output, messages, turns")
-        if self.output is not None and self.instruction is None:
-            raise ValueError("output is given without an instruction")
-        if self.dataset is None and self.path is None:
-            raise ValueError("give dataset, a name on the Hub, or path, a local copy")
+        if (self.output is None) != (self.instruction is None) or (self.input and self.output is None):
+            raise ValueError("instruction, input and output go together, and not with messages or turns")
+        if (self.dataset is None) == (self.path is None):
+            raise ValueError("give dataset, a name on the Hub, or path, local files: one of them")
+        if self.path is not None and (self.config, self.split, self.revision) != (None, "train", None):
+            raise ValueError("config, split and revision are for a dataset; path names its files itself")
         return self
 
     @property
@@ -84,7 +89,7 @@ class BuildOptions(Options):
 
 @dataclass
 class Taken:
-    """What came of one source; ``problem`` says why it ended early, if it did."""
+    """What came of one source; ``problem`` says why it could not be read to its end, if it could not."""
 
     source: SourceOptions
     rows: list[Row] = field(default_factory=list)
@@ -110,8 +115,10 @@ def build(options: BuildOptions, out: Path, say: Callable[[str], None]) -> list[
     A row is written once however often it comes. Raises RecipeError where ``out`` exists, DataError where no
     source gives a row.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise RecipeError(f"{out}: exists; choose another name")
+    with explained(out.parent, f"{out} cannot be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
     taken = []
     for number, source in enumerate(options.source):
@@ -119,12 +126,12 @@ def build(options: BuildOptions, out: Path, say: Callable[[str], None]) -> list[
         draw = random.Random(f"{options.seed} {number} {source.name}")
         taken.append(_take(source, options.local, draw, seen))
         if problem := taken[-1].problem:
-            say(f"{source.domain}: {source.name} is left out after {taken[-1].looked:,} rows: {problem}")
+            kept = f"{len(taken[-1].rows):,} rows of it are kept" if taken[-1].rows else "it is left out"
+            say(f"{source.domain}: {source.name}: {kept}: {problem}")
     rows = [row for one in taken for row in one.rows]
     if not rows:
         raise DataError(f"{out}: not written: no source gave a row")
     random.Random(options.seed).shuffle(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     return taken
 
@@ -136,8 +143,9 @@ def _take(source: SourceOptions, local: str | None, draw: random.Random, seen: s
         for where, values in islice(_rows(source, local), source.look or _LOOK * source.rows):
             taken.looked += 1
             row = _row(source, values, where)
-            key = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest()
-            if row is None or key in seen or len(json.dumps(row, ensure_ascii=False)) > source.longest:
+            text = json.dumps(row, sort_keys=True, ensure_ascii=False)
+            key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+            if row is None or key in seen or len(text) > source.longest or not _is_text(text):
                 taken.passed_over += 1
                 continue
             seen.add(key)
@@ -148,29 +156,33 @@ def _take(source: SourceOptions, local: str | None, draw: random.Random, seen: s
                 taken.rows[place] = row
     except DataError as error:
         taken.problem = str(error).splitlines()[0]
-    if not taken.problem and len(taken.rows) < source.rows:
-        taken.problem = f"it has {len(taken.rows):,} rows that can be used, {source.rows:,} were asked for"
     return taken
 
 
 def _rows(source: SourceOptions, local: str | None) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if source.path is not None:
-        pattern = Path(source.path).expanduser()
-        files = sorted(pattern.parent.glob(pattern.name)) if not pattern.exists() else [pattern]
-        if not files:
-            raise DataError(f"{pattern}: no such file")
-        return _rows_of_files(files)
-    copy = None if local is None else Path(local).expanduser() / str(source.dataset)
+        return _rows_of_files(matches(source.path))
+    try:
+        copy = None if local is None else Path(local).expanduser() / str(source.dataset)
+    except RuntimeError:
+        raise DataError(f"local = {local}: there is no such user's home") from None
     if copy is not None and copy.is_dir():
-        parts = (source.config, source.split)
-        files = [f for f in sorted(copy.rglob("*")) if f.suffix.lower() in (".jsonl", ".parquet", ".json")]
-        for part in parts:  # of a copy with several configurations and splits, those that were asked for
-            named = [f for f in files if part and part in str(f.relative_to(copy))]
-            files = named or files
-        if not files:
-            raise DataError(f"{copy}: holds no JSON lines and no Parquet")
-        return _rows_of_files(files)
+        return _rows_of_files(_files_of_copy(copy, source))
     return hub_rows(str(source.dataset), source.config, source.split, source.revision)
+
+
+def _files_of_copy(copy: Path, source: SourceOptions) -> list[Path]:
+    """The files of a dataset's copy; where their paths tell configurations or splits apart, those asked for.
+    Raises DataError."""
+    found = [f for f in sorted(copy.rglob("*")) if f.suffix.lower() in (".jsonl", ".parquet", ".json")]
+    found = [f for f in found if f.name not in _ABOUT]
+    if source.config and any(source.config in str(f.relative_to(copy)) for f in found):
+        found = [f for f in found if source.config in str(f.relative_to(copy))]
+    if any(split in str(f.relative_to(copy)) for f in found for split in _SPLITS):
+        found = [f for f in found if source.split in str(f.relative_to(copy))]
+    if not found:
+        raise DataError(f"{copy}: holds no JSON lines and no Parquet of split {source.split!r}")
+    return found
 
 
 def _rows_of_files(files: list[Path]) -> Iterator[tuple[str, Row]]:
@@ -231,7 +243,8 @@ def _filled(template: str, values: Mapping[str, Any], where: str) -> str:
 def _value(values: Any, path: str, where: str) -> Any:
     for name in path.split("."):
         if not isinstance(values, Mapping) or name not in values:
-            columns = ", ".join(values) if isinstance(values, Mapping) else "none"
+            columns = ", ".join(map(str, values)) if isinstance(values, Mapping) else "none"
+            columns = columns if columns.isprintable() else ascii(columns)  # it comes from a stranger
             raise DataError(f"{where}: has no column {path!r}; it has {columns}")
         values = values[name]
     return values
@@ -245,6 +258,11 @@ def _text(value: Any, path: str, where: str) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     raise DataError(f"{where}: column {path!r} holds {type(value).__name__}, which is no text")
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: a lone surrogate is no character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 _PARTS: dict[str, Callable[[str], str]] = {

@@ -221,12 +221,12 @@ def files_by_domain(options: DataOptions) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     if isinstance(options.path, dict):
         for label, pattern in options.path.items():
-            found[label] = _matches(pattern)
+            found[label] = matches(pattern)
     else:
         patterns = [options.path] if isinstance(options.path, str) else options.path or []
         for pattern in patterns:
             paths = found.setdefault(_label(pattern), [])
-            paths += [path for path in _matches(pattern) if path not in paths]
+            paths += [path for path in matches(pattern) if path not in paths]
     return found
 
 
@@ -260,9 +260,13 @@ def _stat(path: Path) -> os.stat_result:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _matches(pattern: str) -> list[Path]:
-    """The files of one path or glob, sorted; none of them empty."""
-    plain = Path(pattern).expanduser()
+def matches(pattern: str) -> list[Path]:
+    """The files of one path or glob (``**`` and ``~`` are understood), sorted; none of them empty. Raises
+    DataError."""
+    try:
+        plain = Path(pattern).expanduser()
+    except RuntimeError:
+        raise DataError(f"{pattern}: there is no such user's home") from None
     if plain.is_dir():
         raise DataError(f"{plain}: is a directory; give a glob such as {plain}/**/*.txt")
     if plain.exists():

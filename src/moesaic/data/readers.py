@@ -113,7 +113,7 @@ def _parquet_rows(path: Path, only: str | None = None) -> Iterator[tuple[str, di
                 for values in batch.to_pylist():
                     row += 1
                     yield f"{path}: row {row}", values
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file, or damaged: {error}") from None
     if not row:
         raise DataError(f"{path}: holds no rows")

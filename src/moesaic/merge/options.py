@@ -1,5 +1,6 @@
 """What a merge is: the base, the experts, what they share, and how their router begins."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,9 @@ from moesaic.config import Options, apply_overrides, parse_overrides, read_toml,
 from moesaic.errors import RecipeError
 from moesaic.merge.mergekit import read_mergekit
 from moesaic.weights.carried import MERGE
+from moesaic.weights.shards import real_file
+
+_MOST_RECIPE = 2**20  # bytes
 
 RouterMode = Literal["ridge", "ridge-unlabelled", "prompts", "random", "zero"]
 
@@ -166,6 +170,11 @@ def merge_options(
 
 
 def recorded_options(directory: Path) -> MergeOptions | None:
-    """The recipe that a merge, or what was trained from it, carries along; None where there is none."""
-    path = next((p for p in (directory / MERGE, directory / "model" / MERGE) if p.exists()), None)
-    return None if path is None else validate(MergeOptions, read_toml(path), str(path))
+    """The recipe that a merge, or what was trained from it, carries along; None where there is none. Raises
+    RecipeError, CheckpointError."""
+    path = next((p for p in (directory / MERGE, directory / "model" / MERGE) if os.path.lexists(p)), None)
+    if path is None:
+        return None
+    if real_file(path).stat().st_size > _MOST_RECIPE:
+        raise RecipeError(f"{path}: is too large to be a merge's recipe")
+    return validate(MergeOptions, read_toml(path), str(path))

@@ -148,6 +148,14 @@ def _forget_old_router(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) 
         model["router"] = {key: value for key, value in router.items() if key in known}
 
 
+def _forget_old_source(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
+    """Where an override chooses another source of data, drop what the recipe says for its own alone."""
+    data, source = table.get("data"), dict(pairs).get("data.source")
+    if isinstance(data, dict) and source is not None and source != data.get("source", "stdlib"):
+        for key in ("join", "pack", "template", "path"):
+            data.pop(key, None)
+
+
 def _begin_from(table: dict[str, Any], start: str, has_tokenizer: bool) -> None:
     """Take what a recipe leaves open from the model that it starts from."""
     config, tokenizer = described(start)
@@ -176,14 +184,18 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, resume: bool = Fals
     To ``resume`` a run directory means that run, wherever its recipe says it was.
     """
     path = recipe_path(name)
+    pairs = parse_overrides(overrides)
+    known = Path(dict(pairs).get("out", "")) / "recipe.toml"
+    if resume and "out" in dict(pairs) and known.is_file():  # of that run, as it was resolved
+        path = known
     table: dict[str, Any] = read_toml(path)
     table.setdefault("name", path.stem)
     if resume and path == Path(name) / "recipe.toml":
         table["out"] = name
-    pairs = parse_overrides(overrides)
     start = dict(pairs).get("start", table.get("start"))
     if isinstance(start, str) and not resume:
         _begin_from(table, start, "data.tokenizer" in dict(pairs))
     _forget_old_router(table, pairs)
+    _forget_old_source(table, pairs)
     table = apply_overrides(table, pairs)
     return validate(Recipe, table, where=path.stem if path.parent.name == "recipes" else str(path))

@@ -193,7 +193,7 @@ def _take_weights(model: LanguageModel, recipe: Recipe, device: str) -> Begun:
     All become float32, but for frozen experts that lie in bfloat16 where products are made in it: they would
     be rounded back to what they were for every product, and eight experts of SmolLM2-135M are 2.5 GB in
     float32."""
-    begun = load(str(recipe.start))
+    begun = load(str(recipe.start), as_stored=True)
     if model.config.tied and not begun.config.tied:
         raise RecipeError(
             f"start = {recipe.start}: its embeddings and head are two matrices; leave model.tied out"

@@ -20,10 +20,12 @@ def write_measured(directory: Path, text: str) -> None:
     card = f"# {directory.name}\n"
     if os.path.lexists(path):
         try:
-            card = real_file(path).read_text(encoding="utf-8")
+            card = real_file(path).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError):
             raise CheckpointError(f"{path}: is not UTF-8 text; move it away") from None
-    before, _, rest = card.partition(_BEGIN)
+    before, begun, rest = card.partition(_BEGIN)
+    if begun and _END not in rest:
+        raise CheckpointError(f"{path}: has {_BEGIN!r} and no {_END!r} after it; put it back, or remove both")
     after = rest.partition(_END)[2]
     section = f"{_BEGIN}\n## Measured\n\n{text.strip()}\n{_END}"
     whole = f"{before.rstrip()}\n\n{section}\n{after.lstrip() and chr(10) + after.lstrip()}"
