@@ -2,11 +2,13 @@
 imported inside the verb."""
 
 import sys
+from typing import Any
 
 import typer
+import typer.core
 from rich.text import Text
 
-from moesaic.cli import datasets, machine, merging, models, training
+from moesaic.cli import datasets, evaluation, machine, merging, models, training
 from moesaic.cli.arguments import OVERRIDES
 from moesaic.errors import MoesaicError, ResourceError
 from moesaic.terminal import err
@@ -32,7 +34,20 @@ app.command()(merging.repair)
 app.command(context_settings=OVERRIDES)(machine.bench)
 app.command()(machine.env)
 
-_evaluations = typer.Typer(no_args_is_help=True, help="Measure models on text that they were not trained on.")
+
+class _ModelOrVerb(typer.core.TyperGroup):
+    """``eval MODEL …`` is ``eval model MODEL …``, so that the usual thing needs no verb."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["model", *args]
+        return super().resolve_command(ctx, args)
+
+
+_evaluations = typer.Typer(
+    no_args_is_help=True, cls=_ModelOrVerb, help="Measure models on text that they were not trained on."
+)
+_evaluations.command("model")(evaluation.eval_model)
 _evaluations.command("merge", context_settings=OVERRIDES)(merging.eval_merge)
 app.add_typer(_evaluations, name="eval")
 

@@ -99,6 +99,19 @@ class KVCache:
         self.length = 0
         self.capacity = capacity
 
+    def of_rows(self, row_R: Tensor) -> "KVCache":
+        """The same past for other rows: row r remembers what row ``row_R[r]`` of this one does."""
+        layers, _, kv_heads, _, head_dim = self.keys.shape
+        before = None if self.before_LPBJD is None else self.before_LPBJD[:, :, row_R]
+        other = KVCache(
+            layers, len(row_R), self.capacity, kv_heads, head_dim, self.keys.device, self.keys.dtype, before
+        )
+        other.keys[..., : self.length, :] = self.keys[:, row_R, :, : self.length]
+        other.values[..., : self.length, :] = self.values[:, row_R, :, : self.length]
+        other.real_BS[:, : self.length] = self.real_BS[row_R, : self.length]
+        other.padded, other.length = self.padded, self.length
+        return other
+
     def append(self, layer: int, k_BMTH: Tensor, v_BMTH: Tensor) -> tuple[Tensor, Tensor]:
         """Store this call's keys and values; returns all so far, [B, M, S, H] each."""
         end = self.length + k_BMTH.shape[2]

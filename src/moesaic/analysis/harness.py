@@ -1,0 +1,178 @@
+"""lm-evaluation-harness with our model in process: ``moesaic eval MODEL --tasks …``."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moesaic.analysis.scoring import Pair, score
+from moesaic.analysis.tasks import local_tasks
+from moesaic.errors import DataError, RecipeError
+from moesaic.lm import LM, load
+
+Say = Callable[[str], None]
+_MOST_NEW = 256  # tokens of an answer, where a task does not say
+
+
+def evaluate_tasks(
+    models: Sequence[Path],
+    tasks: Sequence[str],
+    local: dict[str, Path],
+    shots: int | None,
+    limit: int | None,
+    say: Say,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """For every model, for every task, its metrics (and their standard errors) by name.
+
+    ``tasks`` are the harness's own, whose data comes from the hub; ``local`` are read from files
+    (analysis/tasks.py). Raises RecipeError for a task that is not known, DataError where its data cannot be
+    had."""
+    lm_eval = _lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager()
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise RecipeError(
+            f"--tasks {unknown[0]}: is no task of lm-evaluation-harness; `lm-eval ls tasks` lists them"
+        )
+    wanted: list[Any] = list(tasks)
+    for name, path in local.items():
+        wanted += local_tasks(name, path, limit)
+    results = {}
+    for path in models:
+        say(f"evaluating {path}")
+        model = harness_model(load(path), say)
+        try:
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=wanted,
+                num_fewshot=shots,
+                limit=None if local else limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                task_manager=manager,
+            )
+        except (ConnectionError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"--tasks: data cannot be fetched ({reason}); --local reads files") from None
+        results[str(path)] = _metrics(found["results"], found.get("n-samples", {}))
+    return results
+
+
+def harness_model(lm: LM, say: Say) -> Any:
+    """The model as the harness wants one: log-likelihoods from shared prefixes, rolling ones, greedy
+    answers."""
+    _lm_eval()
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    class Moesaic(TemplateLM):  # type: ignore[misc]
+        """What the harness asks of a model."""
+
+        @property
+        def eot_token_id(self) -> int:
+            ends = [lm.tokenizer.eos_id] if lm.tokenizer.eos_id is not None else sorted(lm.stop_ids)
+            return int(ends[0]) if ends else 0
+
+        @property
+        def max_length(self) -> int:
+            return lm.config.context
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            ids: list[int] = lm.tokenizer.encode(string, special=bool(add_special_tokens)).tolist()
+            return ids
+
+        def _loglikelihood_tokens(
+            self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+        ) -> list[tuple[float, bool]]:
+            pairs: list[Pair] = [(context, rest) for _, context, rest in requests]
+            found = score(lm.model, pairs, self.max_length)
+            return [(one.logprob, one.greedy) for one in found]
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            totals = []
+            for request in requests:
+                windows = get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+                pairs: list[Pair] = [make_disjoint_window(window) for window in windows]
+                totals.append(sum(one.logprob for one in score(lm.model, pairs, self.max_length)))
+            return totals
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            answers = []
+            for request in requests:
+                context, options = request.args
+                until = options.get("until") or []
+                most = int(options.get("max_gen_toks", _MOST_NEW))
+                ids = self.tok_encode(context)[-(self.max_length - most) :]
+                stop = [until] if isinstance(until, str) else list(until)
+                answers.append("".join(lm.stream(ids, most, stop=[text for text in stop if text])))
+            return answers
+
+    if lm.config.context <= _MOST_NEW:
+        say(f"the model reads {lm.config.context} tokens; longer prompts lose their beginning")
+    return Moesaic()
+
+
+def rows_of(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, list[str]]]:
+    """A row for every task and metric, a column for every model; MMLU's subjects also as their mean."""
+    names = list(dict.fromkeys(task for found in results.values() for task in found))
+    rows = []
+    for task in names:
+        metrics = dict.fromkeys(
+            m for found in results.values() for m in found.get(task, {}) if "stderr" not in m
+        )
+        for metric in metrics:
+            if metric == "samples":
+                continue
+            cells = []
+            for found in results.values():
+                value, error = found.get(task, {}).get(metric), found.get(task, {}).get(f"{metric} stderr")
+                shown = "" if value is None else f"{value:.4f}"
+                cells.append(shown if error is None else f"{shown} ± {error:.4f}")
+            rows.append((f"{task}: {metric}", cells))
+    return rows
+
+
+def write_results(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """For programs."""
+    return json.dumps(results)
+
+
+def _metrics(found: dict[str, Any], counts: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The harness's ``acc,none`` and ``acc_stderr,none`` as plain names; MMLU's subjects together as
+    ``mmlu``."""
+    tasks: dict[str, dict[str, float]] = {}
+    for task, values in found.items():
+        kept: dict[str, float] = {}
+        for key, value in values.items():
+            name, _, filtered = key.partition(",")
+            if not isinstance(value, int | float) or name == "sample_len":
+                continue
+            label = name.removesuffix("_stderr") + ("" if filtered in ("none", "") else f" ({filtered})")
+            kept[f"{label} stderr" if name.endswith("_stderr") else label] = float(value)
+        size = counts.get(task, {}).get("effective")
+        tasks[task] = {**kept, **({"samples": float(size)} if size else {})}
+    subjects = {
+        task: values for task, values in tasks.items() if task.startswith("mmlu_") and "samples" in values
+    }
+    if len(subjects) > 1 and "mmlu" not in tasks:
+        total = sum(values["samples"] for values in subjects.values())
+        accuracy = sum(values["acc"] * values["samples"] for values in subjects.values()) / total
+        tasks["mmlu"] = {"acc": accuracy, "samples": total}
+    return tasks
+
+
+def _lm_eval() -> Any:
+    try:
+        import lm_eval
+    except ImportError:
+        raise RecipeError("evaluation by tasks needs lm_eval: pip install 'moesaic[eval]'") from None
+    return lm_eval

@@ -1,0 +1,140 @@
+"""Evaluation tasks from local files, in the harness's own words: MMLU and GSM8K where no hub can be reached.
+
+Prompts, answers and metrics are those of lm-evaluation-harness's ``mmlu`` and ``gsm8k``; only the rows come
+from files: ``mmlu`` a folder with mmlu_dev.jsonl and mmlu_val.jsonl (``subject``, ``question``, ``choices``,
+``answer``), or ``gsm8k`` a JSONL file (``question``, ``answer``), whose first rows are the examples that are
+shown."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moesaic.data.readers import read_rows
+from moesaic.errors import DataError, RecipeError
+
+_MOST_LINE = 2**22
+_SHOTS = 5
+LOCAL = ("mmlu", "gsm8k")
+
+
+def local_tasks(name: str, path: Path, limit: int | None) -> list[dict[str, Any]]:
+    """The task configurations of one local benchmark. ``limit`` questions at most (of MMLU in each subject).
+    Raises DataError, RecipeError."""
+    if name == "mmlu":
+        return _mmlu(path, limit)
+    if name == "gsm8k":
+        return [_gsm8k(path, limit)]
+    raise RecipeError(f"--local {name}: {' and '.join(LOCAL)} can be read from files")
+
+
+def _mmlu(folder: Path, limit: int | None) -> list[dict[str, Any]]:
+    shown = _by_subject(folder / "mmlu_dev.jsonl")
+    asked = _by_subject(folder / "mmlu_val.jsonl")
+    lacking = sorted(asked.keys() - shown.keys())
+    if lacking:
+        raise DataError(f"{folder / 'mmlu_dev.jsonl'}: has no example of {lacking[0]}")
+    tasks = []
+    for subject, rows in asked.items():
+        splits = {"dev": shown[subject], "validation": rows[:limit]}
+        tasks.append(
+            {
+                "task": f"mmlu_{subject}",
+                "custom_dataset": partial(_dataset, splits),
+                "validation_split": "validation",
+                "fewshot_split": "dev",
+                "fewshot_config": {"sampler": "first_n"},
+                "num_fewshot": min(_SHOTS, len(shown[subject])),
+                "output_type": "multiple_choice",
+                "description": "The following are multiple choice questions (with answers) about "
+                f"{subject.replace('_', ' ')}.\n\n",
+                "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\n"
+                "C. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:",
+                "doc_to_choice": ["A", "B", "C", "D"],
+                "doc_to_target": "answer",
+                "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+                "metadata": None,
+            }
+        )
+    return tasks
+
+
+def _gsm8k(file: Path, limit: int | None) -> dict[str, Any]:
+    rows = [_checked(row, where, ("question", "answer")) for where, row in read_rows(file, _MOST_LINE)]
+    if len(rows) <= _SHOTS:
+        raise DataError(
+            f"{file}: has {len(rows)} rows; {_SHOTS} are shown as examples, and more must be asked"
+        )
+    splits = {"train": rows[:_SHOTS], "test": rows[_SHOTS:][:limit]}
+    number = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
+    return {
+        "task": "gsm8k",
+        "custom_dataset": partial(_dataset, splits),
+        "training_split": "train",
+        "fewshot_split": "train",
+        "fewshot_config": {"sampler": "first_n"},
+        "test_split": "test",
+        "num_fewshot": _SHOTS,
+        "output_type": "generate_until",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {
+            "until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False, "temperature": 0.0
+        },
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "ignore_case": True,
+                "ignore_punctuation": False,
+                "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"],
+            }
+        ],
+        "filter_list": [
+            {
+                "name": "strict-match",
+                "filter": [
+                    {"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"},
+                    {"function": "take_first"},
+                ],
+            },
+            {
+                "name": "flexible-extract",
+                "filter": [
+                    {"function": "regex", "group_select": -1, "regex_pattern": number},
+                    {"function": "take_first"},
+                ],
+            },
+        ],
+        "metadata": None,
+    }  # fmt: skip
+
+
+def _by_subject(file: Path) -> dict[str, list[dict[str, Any]]]:
+    subjects: dict[str, list[dict[str, Any]]] = {}
+    for where, row in read_rows(file, _MOST_LINE):
+        _checked(row, where, ("subject", "question", "choices", "answer"))
+        choices, answer = row["choices"], row["answer"]
+        if (
+            not isinstance(choices, list)
+            or len(choices) != 4
+            or type(answer) is not int
+            or not 0 <= answer < 4
+        ):
+            raise DataError(f"{where}: choices are four, and answer is the number of one, from 0")
+        subjects.setdefault(str(row["subject"]), []).append(row)
+    return subjects
+
+
+def _checked(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    missing = [name for name in fields if name not in row]
+    if missing:
+        raise DataError(f"{where}: has no field {missing[0]!r}; needed are {', '.join(fields)}")
+    return row
+
+
+def _dataset(splits: dict[str, list[dict[str, Any]]], **_: Any) -> Any:
+    """What the harness asks a task for; it passes what it knows of the model, which the rows do not need."""
+    import datasets
+
+    return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
