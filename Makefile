@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: demo demo-merge test check bench bench-merge clean
+.PHONY: demo demo-merge demo-pipeline test check bench bench-merge clean
 
 # The stamps make an install happen once, and again when a dependency changes.
 .venv/.base: pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ demo: .venv/.base
 
 demo-merge: .venv/.base
 	$(BIN)/moesaic demo-merge
+
+demo-pipeline: .venv/.base
+	$(BIN)/moesaic demo-pipeline
 
 bench-merge: .venv/.dev
 	$(BIN)/python benchmarks/merge_roles.py ../shared/data/experts

@@ -73,9 +73,7 @@ def main() -> None:
                 del model
                 print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
     ratios = sorted(other / own for own, other in zip(seconds["moesaic"], seconds["hf"], strict=True))
-    print(
-        f"{args.limit * len(tasks)} questions; accuracies {accuracy['moesaic']}, {accuracy['hf']} (a random model)"
-    )
+    print(f"{args.limit * len(tasks)} questions; accuracies of a random model: {accuracy}")
     print(f"median ratio {ratios[len(ratios) // 2]:.2f} (range {ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 

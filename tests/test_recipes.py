@@ -9,9 +9,12 @@ import torch
 from tiny_runs import tiny, tiny_file
 
 from moesaic.config import dump_toml, flatten, known_keys, read_toml, validate
-from moesaic.errors import RecipeError
+from moesaic.data.corpora import DataOptions
+from moesaic.data.pretrain import prepare
+from moesaic.errors import DataError, RecipeError
 from moesaic.model.routers import ROUTERS
 from moesaic.model.transformer import LanguageModel
+from moesaic.train.measure import Cluster, plan, too_large
 from moesaic.train.recipe import Recipe, builtin_recipes, load_recipe, recipe_path
 
 # The keys that people type; renaming one breaks what they have written down.
@@ -233,3 +236,37 @@ def test_a_builtin_name_means_the_builtin_beside_a_folder_of_that_name(
     assert load_recipe("demo").name == "demo"
     with pytest.raises(RecipeError, match="is a directory"):
         load_recipe("./demo")
+
+
+def test_olmoe_has_the_published_size_and_takes_the_published_time() -> None:
+    recipe = load_recipe("olmoe-1b-7b")
+    counts = recipe.model.parameters()
+    assert (counts.total, counts.active) == (6_919_161_856, 1_282_017_280)
+    numbers = plan(recipe, Cluster(256)).numbers
+    assert 9 < numbers["seconds"] / 86_400 < 11  # "about 10 days" for 5.03 T tokens on 256 H100
+    assert numbers["tokens"] == 1_200_000 * 4_194_304
+    assert plan(recipe, Cluster(512)).numbers["seconds"] == pytest.approx(numbers["seconds"] / 2)
+    small = load_recipe("olmoe-nano")
+    assert not too_large(small)
+    with pytest.raises(RecipeError, match=r"model\.vocab_size: say it"):
+        plan(small, None)
+    assert too_large(load_recipe("olmoe-1b-7b", ["model.layers=999"]))
+
+
+def test_a_mix_is_drawn_by_its_weights(tmp_path: Path) -> None:
+    for name, size in (("a", 4000), ("b", 400)):
+        (tmp_path / f"{name}.txt").write_text(name * size)
+    table = {"a": str(tmp_path / "a.txt"), "b": str(tmp_path / "b.txt")}
+    common = {"source": "files", "path": table, "tokenizer": "byte", "cache": str(tmp_path / "cache")}
+    store = prepare(DataOptions(**common, weights={"a": 0.25, "b": 0.75}), seq_len=8)
+    drawn = torch.cat([store.batch(1, step, 50, 8).ids_BT[:, 0] for step in range(40)])
+    assert (drawn == ord("b")).double().mean().item() == pytest.approx(0.75, abs=0.04)
+    plain = prepare(DataOptions(**common), seq_len=8)
+    drawn = torch.cat([plain.batch(1, step, 50, 8).ids_BT[:, 0] for step in range(40)])
+    assert (drawn == ord("b")).double().mean().item() == pytest.approx(1 / 11, abs=0.03)
+    assert store.fingerprint != plain.fingerprint
+    with pytest.raises(DataError, match="'b' is in the weights or in the corpus"):
+        prepare(DataOptions(**common, weights={"a": 0.5, "c": 0.5}), seq_len=8)
+    for weights in ({"a": 0.5, "b": 0.6}, {"a": 1.5, "b": -0.5}):
+        with pytest.raises(ValueError, match="add up to"):
+            DataOptions(**common, weights=weights)

@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command(context_settings=OVERRIDES)(training.train)
 app.command(context_settings=OVERRIDES)(training.demo)
 app.command("demo-merge")(training.demo_merge)
+app.command("demo-pipeline")(training.demo_pipeline)
 app.command()(models.generate)
 app.command()(models.chat)
 app.command()(models.inspect)

@@ -31,15 +31,29 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all, measure real steps, train nothing.")
     ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: plan for so many GPUs, by arithmetic alone.")
+    ] = None,
+    gpu_tflops: Annotated[
+        float, typer.Option(min=1, help="What one multiplies at best, dense bf16.")
+    ] = 989.0,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="The share of it that is reached.")] = 0.2,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe, perhaps starting from a model: moesaic train RECIPE [MODEL] [a.b=c …]."""
     words = training_words(context.args, data or [], freeze)
     chosen = recipe_of(recipe, words, resume)
+    if gpus is not None and not dry_run:
+        raise RecipeError("--gpus plans and trains nothing: say --dry-run too")
     if dry_run:
         from moesaic.train import measure
 
-        report = measure.dry_run(chosen, say, resume=resume)
+        if gpus is not None:
+            report = measure.plan(chosen, measure.Cluster(gpus, gpu_tflops, mfu=mfu))
+        elif measure.too_large(chosen):
+            report = measure.plan(chosen, None)
+        else:
+            report = measure.dry_run(chosen, say, resume=resume)
         print_report(report, as_json, title=f"{chosen.name}: what it would take")
         return
     from moesaic.train.loop import train as run_training
@@ -104,6 +118,18 @@ def demo_merge(
     from moesaic.train.merge_demo import run_merge_demo
 
     run_merge_demo(out, directory, seed, say, program())
+
+
+def demo_pipeline(
+    directory: Annotated[
+        Path, typer.Option("--out", help="Where everything is made; what is there is not made again.")
+    ] = Path("runs/demo-pipeline"),
+    seed: Annotated[int, typer.Option(min=0, help="Of data and training.")] = 1337,
+) -> None:
+    """OLMoE's stages in miniature: pretrain, anneal, fine-tune, prefer, evaluate, analyse (ten minutes)."""
+    from moesaic.train.pipeline_demo import run_pipeline_demo
+
+    run_pipeline_demo(out, directory, seed, say, program())
 
 
 def recipes(context: typer.Context) -> None:

@@ -62,6 +62,8 @@ class DataOptions(Options):
     tokenizer: str = Field("char", min_length=1)  # char, byte, bpe, or the path of a tokenizer.json
     vocab_size: int = Field(4096, ge=1)  # read when the tokenizer is bpe
     val_fraction: float = Field(0.1, gt=0, lt=1)  # the tail of each domain
+    # Domain -> its share of the training windows; not given: as it has text. They add up to 1.
+    weights: dict[str, float] | None = None
     template: str | None = None  # of instructions: a file or a model directory; default: beside the tokenizer
     # Of instructions: how many training examples are halves of two, one after the other, so that a model sees
     # a change of domain in one text; and whether a row is filled up with examples, none of which sees
@@ -84,6 +86,16 @@ class DataOptions(Options):
             raise ValueError('join and pack are for source="instructions"')
         if self.source not in ("instructions", "preferences") and self.template:
             raise ValueError('template is for source="instructions" and source="preferences"')
+        if self.weights is not None:
+            if self.source in ("instructions", "preferences"):
+                raise ValueError(
+                    "weights mix texts; instructions and preferences are drawn as often as they occur"
+                )
+            total = sum(self.weights.values())
+            if min(self.weights.values(), default=-1.0) < 0 or abs(total - 1) > 1e-6:
+                raise ValueError(
+                    f"weights: are shares, none below 0, that add up to 1; these add up to {total:g}"
+                )
         if self.source == "hub" and not self.dataset:
             raise ValueError('source="hub" needs dataset, a name such as "owner/name"')
         if self.source == "tiny_shakespeare" and not isinstance(self.path, str | None):

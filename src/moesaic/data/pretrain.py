@@ -60,9 +60,11 @@ def prepare(
     folder = cache_folder(options) / "tokens" / hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     if folder.exists():
         try:
-            return TokenStore(folder)
+            TokenStore(folder)
         except DataError as error:
             say(f"{error}; it is built again")
+        else:
+            return TokenStore(folder, options.weights)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder.parent)
@@ -77,7 +79,7 @@ def prepare(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{folder.parent}: the disk is full; make room or set data.cache") from None
         raise DataError(f"{folder.parent}: cannot be written ({error.strerror}); set data.cache") from None
-    return TokenStore(folder)
+    return TokenStore(folder, options.weights)
 
 
 def _given_tokenizer(options: DataOptions) -> tuple[Tokenizer | None, list[Any]]:

@@ -97,10 +97,12 @@ class TokenStore:
 
     ``notes`` holds sentences about what was left out, and grows when a draw leaves out more.
     ``fingerprint`` tells the same tokens, from whatever file and in whatever cache, from all others.
+    ``weights`` are the domains' shares of the training windows; not given, every position is as likely.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open and check a store that ``prepare`` wrote; raises DataError when a file is damaged."""
+    def __init__(self, folder: Path, weights: dict[str, float] | None = None) -> None:
+        """Open and check a store that ``prepare`` wrote. Raises DataError for a damaged file, and for weights
+        of other domains."""
         self.folder = folder
         meta = _read_meta(folder)
         self.fingerprint = checksum_of({"tokenizer": meta["tokenizer_sha256"], "shards": meta["domains"]})
@@ -108,6 +110,12 @@ class TokenStore:
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.shards = [Shard(**entry) for entry in meta["domains"]]
         self.domains: list[str] = [shard.domain for shard in self.shards]
+        if weights is not None and set(weights) != set(self.domains):
+            odd = sorted(set(weights) ^ set(self.domains))
+            raise DataError(f"data.weights: {odd[0]!r} is in the weights or in the corpus, but not in both")
+        if weights is not None:
+            self.fingerprint = checksum_of({"tokens": self.fingerprint, "weights": weights})
+        self._weight_D = None if weights is None else np.array([weights[d] for d in self.domains])
         self.notes: list[str] = meta["notes"]
         self.train_tokens = sum(shard.train_tokens for shard in self.shards)
         self.val_tokens = sum(shard.tokens - shard.train_tokens for shard in self.shards)
@@ -124,9 +132,9 @@ class TokenStore:
     def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
         """Random windows of the training part.
 
-        Starts are uniform over every position of every domain with room for T + 1 tokens. The result
-        depends on the arguments alone, so a resumed run needs to replay nothing. Raises DataError when
-        no domain is long enough.
+        Starts are uniform over every position of every domain with room for T + 1 tokens, or of a domain that
+        was drawn by its weight. The result depends on the arguments alone, so a resumed run needs to replay
+        nothing. Raises DataError when no domain is long enough.
         """
         import torch
 
@@ -142,10 +150,20 @@ class TokenStore:
         starts_D = self._starts.get(seq_len)
         if starts_D is None:
             starts_D = self._starts[seq_len] = self._valid_starts(seq_len)
+        if self._weight_D is not None:
+            return self._draw_weighted(starts_D, generator_of(seed, step), batch_size)
         end_D = starts_D.cumsum()
         position_B = generator_of(seed, step).integers(0, end_D[-1], batch_size)
         domain_B = np.searchsorted(end_D, position_B, side="right")
         return domain_B, position_B - (end_D - starts_D)[domain_B]
+
+    def _draw_weighted(
+        self, starts_D: NDArray[np.int64], generator: np.random.Generator, batch_size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        assert self._weight_D is not None
+        share_D = self._weight_D * (starts_D > 0)  # a domain without a window has nothing to give
+        domain_B = generator.choice(len(share_D), batch_size, p=share_D / share_D.sum())
+        return domain_B, generator.integers(0, starts_D[domain_B])
 
     def _valid_starts(self, seq_len: int) -> NDArray[np.int64]:
         starts_D = np.array([max(0, len(ids) - seq_len) for ids in self._train], np.int64)

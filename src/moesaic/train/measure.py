@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from moesaic.analysis.evaluate import evaluate
-from moesaic.errors import DivergedError
+from moesaic.errors import DivergedError, RecipeError
 from moesaic.files import human_size
 from moesaic.generate import SampleOptions, stream
-from moesaic.machine import matmul_rate, peak_memory, read_bandwidth
+from moesaic.machine import matmul_rate, peak_memory, read_bandwidth, total_memory
 from moesaic.train.loop import train_step
 from moesaic.train.optim import optimizer_tensors, schedule_factor, set_learning_rate
 from moesaic.train.recipe import Recipe
@@ -116,6 +116,63 @@ def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False)
     ]
     numbers = {"run": str(where), "experts": experts, "train_tokens": store.train_tokens, **asdict(cost)}
     return Report(rows, numbers)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines to plan for: how many GPUs, what each multiplies at best (TFLOP/s) and holds (GB), and the
+    share of that rate which training reaches. OLMoE's run reached 0.17 on 256 H100 (5.133 T tokens in about
+    10 days)."""
+
+    gpus: int
+    tflops: float = 989.0
+    memory_gb: float = 80.0
+    mfu: float = 0.2
+
+
+def too_large(recipe: Recipe) -> bool:
+    """Whether this machine's memory cannot hold what training such a model takes, whatever its data."""
+    memory = total_memory()
+    if memory is None or recipe.model.vocab_size is None:  # its size is known when its data is
+        return False
+    return 16 * recipe.model.parameters().total > memory
+
+
+def plan(recipe: Recipe, cluster: Cluster | None) -> Report:
+    """What a run needs by arithmetic alone: no data is read and no model built. Without a cluster, on this
+    machine, whose matmul rate is measured. Raises RecipeError where model.vocab_size is not said."""
+    config, options = recipe.model, recipe.train
+    if config.vocab_size is None:
+        raise RecipeError(
+            "model.vocab_size: say it, to plan without data; it comes from the tokenizer otherwise"
+        )
+    counts = config.parameters()
+    tokens = options.batch_size * options.seq_len
+    flops = 3 * tokens * config.flops_per_token(options.seq_len) * options.steps
+    state = 16 * counts.total  # float32 weights, gradients and two moments
+    if cluster is None:
+        memory, share, where = total_memory() or 0, 0.5, "this machine, at half of its bf16 matmul rate"
+        rate = matmul_rate(torch.bfloat16)
+    else:
+        memory, share = int(cluster.gpus * cluster.memory_gb * 1e9), cluster.mfu
+        where = f"{cluster.gpus} GPUs of {cluster.tflops:g} TFLOP/s, {cluster.mfu:g} of that reached"
+        rate = cluster.gpus * cluster.tflops * 1e12
+    seconds = flops / (rate * share)
+    fits = "fits" if state < memory else "does NOT fit"
+    rows = [
+        ("parameters", f"{counts.total:,} in all, {counts.active:,} active per token"),
+        ("tokens", f"{tokens * options.steps:,} in {options.steps:,} steps of {tokens:,}"),
+        ("floating point", f"{flops:.3g} operations"),
+        (
+            "memory",
+            f"{human_size(state)} weights, gradients and AdamW in float32, without activations; {fits} in "
+            f"{human_size(memory)}",
+        ),
+        ("checkpoint", f"{human_size(12 * counts.total)}, {recipe.checkpoint.keep} of them kept"),
+        ("time", f"{_duration(seconds)} on {where}"),
+    ]
+    numbers = {"parameters": counts.total, "active": counts.active, "tokens": tokens * options.steps}
+    return Report(rows, {**numbers, "flops": flops, "state_bytes": state, "seconds": seconds})
 
 
 def bench(recipe: Recipe, say: Callable[[str], None]) -> Report:
