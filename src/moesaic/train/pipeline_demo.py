@@ -147,8 +147,8 @@ def _measure(
     out.print(table)
     out.print(
         Text(
-            "Bold is what the stage is there for. Pairs: the polite answer is likelier than the plain one, per "
-            "token. Questions: the right one of four answers is likeliest by nats per token; chance is 0.25."
+            "Bold is what the stage is there for. Pairs: the polite answer is likelier than the plain one, "
+            "per token. Questions: the right one of four answers is likeliest, per token; chance is 0.25."
         ),
         soft_wrap=True,
     )
