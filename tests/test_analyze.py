@@ -94,6 +94,8 @@ def test_saturation_is_the_shared_part_of_two_sets() -> None:
         shared = [len(set(a[:k].tolist()) & set(b[:k].tolist())) / k for a, b in zip(one, other, strict=True)]
         assert measures.saturation(one, other, k) == pytest.approx(sum(shared) / 40)
     assert measures.saturation(one, one.flip(1), K) == 1.0
+    partly = torch.tensor([[3, -1], [1, 2], [-1, -1]])  # one choice, two, none
+    assert measures.saturation(torch.tensor([[0, 3], [2, -1], [5, 4]]), partly, 2) == pytest.approx(0.75)
     many = torch.rand(20000, 16).topk(4).indices, torch.rand(20000, 16).topk(4).indices
     assert measures.saturation(*many, 4) == pytest.approx(4 / 16, abs=0.01)
 

@@ -12,10 +12,14 @@ from torch import Tensor
 
 
 def saturation(expert_TK: Tensor, last_TK: Tensor, k: int) -> float:
-    """The share of the first ``k`` choices that are the same in a later checkpoint, order apart: the mean of
-    |E_t ∩ E_T| / k (section 5.1). A random router gives k / E."""
-    same_TKK = expert_TK[:, :k, None] == last_TK[:, None, :k]
-    return float(same_TKK.any(2).double().mean())
+    """The share of a later checkpoint's first ``k`` choices that were chosen before, order apart: the mean of
+    |E_t ∩ E_T| / k (section 5.1). A random router gives k / E. Choices that were not carried out are
+    negative, and count for neither; a token without any is left out."""
+    now_TK, then_TK = last_TK[:, :k].long(), expert_TK[:, :k].long()
+    kept_TK = now_TK >= 0
+    same_TK = (now_TK[:, :, None] == then_TK[:, None, :]).any(2) & kept_TK
+    some_T = kept_TK.any(1)
+    return float((same_TK.sum(1).double() / kept_TK.sum(1).clamp(min=1))[some_T].mean())
 
 
 def coactivation(pair_EE: Tensor, chosen_E: Tensor) -> Tensor:

@@ -219,7 +219,6 @@ def choices(label: str, lm: LM, windows: dict[str, Tensor], say: Say) -> Choices
     config = lm.config
     census = Census(config.moe_layers, config.experts.count, list(windows), config.experts.names)
     chosen: list[list[Tensor]] = [[] for _ in config.moe_layers]
-    small = torch.uint8 if config.experts.count <= 256 else torch.int16
     for domain, (name, ids_NT) in enumerate(windows.items()):
         say(f"{label}: reading {ids_NT.numel():,} tokens of {name}")
         for ids_BT in ids_NT.split(max(1, _BATCH_TOKENS // ids_NT.shape[1])):
@@ -234,7 +233,8 @@ def choices(label: str, lm: LM, windows: dict[str, Tensor], say: Say) -> Choices
             counted = counted_BT.flatten()
             census.add(domain, ids, counted, output.routings)
             for layer, routing in enumerate(output.routings):
-                chosen[layer].append(routing.expert_TK.cpu()[counted].to(small))
+                carried_out = routing.expert_TK.masked_fill(~routing.keep_TK, -1)
+                chosen[layer].append(carried_out.cpu()[counted].to(torch.int16))
     return Choices(label, census, [torch.cat(parts) for parts in chosen])
 
 
