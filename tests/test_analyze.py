@@ -192,7 +192,7 @@ def test_a_runs_checkpoints_are_compared_with_its_end(
     assert torch.equal(analysis.census.chosen_LCE[:, 0], whole)
     assert analysis.census.token_C.tolist() == [375, 375]
     same = analyse([run, run], data, 400, 16, 3, quiet)
-    assert same.saturation["run"] == [(1.0, 1.0)] * 2
+    assert same.saturation[str(run)] == [(1.0, 1.0)] * 2
 
 
 def test_the_command_writes_numbers_and_figures(
@@ -218,13 +218,15 @@ def test_the_command_writes_numbers_and_figures(
 
 def test_what_cannot_be_analysed_is_named(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
     run, data = trained
+    (tmp_path / "short.txt").write_text("the old")
     dense = run_tiny(tmp_path, "dense", "train.steps=1", "model.pattern=D")
     wide = run_tiny(tmp_path, "wide", "train.steps=1", "model.experts.count=5")
     for call, sentence, kind in (
         (([dense], data, 400, 16), "dense model", RecipeError),
         (([wide, run], data, 400, 16), "no checkpoint of the model", CheckpointError),
         (([run], ["mill"], 400, 16), "write NAME=FILE", RecipeError),
-        (([run], data, 9, 16), "fewer than one window of 16", DataError),
+        (([run], data, 9, 16), "less than one window", RecipeError),
+        (([run], [f"short={tmp_path / 'short.txt'}"], 90, 16), "fewer than one window of 16", DataError),
     ):
         with pytest.raises(kind, match=sentence):
             analyse(*call, 3, quiet)

@@ -97,7 +97,7 @@ def test_rows_of_every_form_are_conversations(tmp_path: Path) -> None:
     ("row", "sentence"),
     [
         ({"instruction": "do", "output": " "}, "x.jsonl:1: output is empty"),
-        ({"instruction": "do"}, "no field 'output'"),
+        ({"instruction": "do"}, "no field 'output'; instruction and output go together"),
         ({"messages": []}, "no list of turns"),
         ({"messages": [{"role": "user", "content": "hm"}]}, "no turn of the assistant"),
         ({"messages": [{"role": "robot", "content": "hm"}]}, "role is one of"),

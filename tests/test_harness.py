@@ -51,7 +51,7 @@ def olmoe(directory: Path, context: int = 256) -> Path:
 def by_going_through(lm: Any, before: list[int], after: list[int], context: int) -> tuple[float, bool]:
     whole = (before + after)[-(context + 1) :]
     logits = lm.logits(torch.tensor([whole[:-1]]))[0].double().log_softmax(-1)
-    kept = len(after) if len(after) < len(whole) else len(whole) - 1
+    kept = min(len(after), len(whole) - 1)
     total, greedy = 0.0, True
     for place in range(len(whole) - 1 - kept, len(whole) - 1):
         total += float(logits[place, whole[place + 1]])
@@ -59,14 +59,16 @@ def by_going_through(lm: Any, before: list[int], after: list[int], context: int)
     return total, greedy
 
 
-@pytest.mark.parametrize("kind", ["llama", "olmo2", "learned"])
+@pytest.mark.parametrize("kind", ["llama", "olmo2", "learned", "conv"])
 def test_scores_are_those_of_each_text_by_itself(kind: str, tmp_path: Path) -> None:
     if kind == "learned":
         from tiny_runs import run_tiny
 
-        lm = moesaic.load(
-            run_tiny(tmp_path, "run", "train.steps=1", "model.position=learned", "model.conv=3")
-        )
+        lm = moesaic.load(run_tiny(tmp_path, "run", "train.steps=1", "model.position=learned"))
+    elif kind == "conv":
+        from tiny_runs import run_tiny
+
+        lm = moesaic.load(run_tiny(tmp_path, "run", "train.steps=9", "model.conv=3", "optim.lr=0.1"))
     else:
         lm = moesaic.load(dense(tmp_path / "base", kind))
     draw = torch.Generator().manual_seed(1)
@@ -77,11 +79,12 @@ def test_scores_are_those_of_each_text_by_itself(kind: str, tmp_path: Path) -> N
     shared = [some(n) for n in (3, 9, 9, 1, 12)]
     pairs = [(shared[n % 5], some(1 + n % 4)) for n in range(30)]
     pairs += [(some(20), some(5)), (some(2), some(30))]  # longer than the model reads
+    pairs += [(shared[0], some(3)) for _ in range(300)] + [(shared[2], [])]  # very many, and nothing at all
     greedy = lm.logits(torch.tensor([shared[1]]))[0, -1].argmax()
     pairs.append((shared[1], [int(greedy)]))
     told: list[int] = []
     found = score(lm.model, pairs, 16, told.append)
-    assert sum(told) == len(pairs)
+    assert sum(told) == len(pairs) - 1
     assert found[-1].greedy
     for (before, after), one in zip(pairs, found, strict=True):
         expected, whether = by_going_through(lm, before, after, 16)
@@ -110,6 +113,13 @@ def test_the_harness_gets_what_its_own_hf_model_gives(tmp_path: Path) -> None:
     options = {"until": [";"], "max_gen_toks": 12, "do_sample": False}
     prompts = [SimpleNamespace(args=(a, options)) for a in asked if a]
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
+
+
+def test_a_short_context_keeps_the_end_of_a_prompt(tmp_path: Path) -> None:
+    lm = moesaic.load(olmoe(tmp_path / "olmoe", 64))
+    request = SimpleNamespace(args=(TEXT * 3, {"until": [], "max_gen_toks": 256}))
+    ids = lm.tokenizer.encode(TEXT * 3)[-32:].tolist()
+    assert harness_model(lm, quiet).generate_until([request]) == [lm.generate(ids, 32)]
 
 
 def questions(folder: Path) -> Path:
@@ -181,6 +191,8 @@ def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
     folder = questions(tmp_path / "q")
     with pytest.raises(RecipeError, match="is no task of lm-evaluation-harness"):
         evaluate_tasks([tmp_path], ["no_such_task_at_all"], {}, None, None, quiet)
+    with pytest.raises(RecipeError, match=r"--shots 9: .*mmlu_dev\.jsonl has 5"):
+        local_tasks("mmlu", folder, None, 9)
     with pytest.raises(RecipeError, match="can be read from files"):
         local_tasks("arc", folder, None)
     (folder / "mmlu_dev.jsonl").write_text(
@@ -189,8 +201,9 @@ def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no example of rivers"):
         local_tasks("mmlu", folder, None)
     for row, sentence in (
-        ({"subject": "a", "question": "b", "choices": ["c"], "answer": 0}, "choices are four"),
+        ({"subject": "a", "question": "b", "choices": ["c"], "answer": 0}, "choices are four texts"),
         ({"subject": "a", "question": "b"}, "has no field 'choices'"),
+        ({"subject": "a", "question": 5, "choices": list("abcd"), "answer": 0}, "not a text"),
     ):
         (folder / "mmlu_dev.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(DataError, match=sentence):

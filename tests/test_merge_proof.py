@@ -165,6 +165,11 @@ def test_what_was_made_of_other_parts_is_made_again(parts: Parts) -> None:
     other.merged("random", said.append, router={"init": "random"})
     assert said
     assert (made / "model.safetensors").read_bytes() != before
+    run = parts.root / "runs" / "dense"
+    run.mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"runs/dense: is in the way; it was not made here"):
+        parts.stage("dense", "expert", parts.base, 2, quiet)
+    assert run.is_dir()
     (parts.root / "mine").mkdir()
     with pytest.raises(RecipeError, match="was not made here"):
         parts.merged("mine", quiet)

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moesaic.data.corpora import DataOptions
 from moesaic.data.lessons import write_pairs, write_questions
+from moesaic.data.pretrain import prepare
 from moesaic.data.roles import write_roles
+from moesaic.data.tokenizers import Tokenizer
 from moesaic.lm import load
 from moesaic.train.pipeline_demo import Lengths, run_pipeline_demo
 
 
 def test_pairs_and_questions_are_made_of_the_rows(tmp_path: Path) -> None:
-    roles = write_roles(tmp_path / "roles", rows=20)
+    roles = write_roles(tmp_path / "roles", rows=40)
     rows = {r["output"] for file in roles.values() for r in map(json.loads, file.read_text().splitlines())}
     pairs = [
         json.loads(line) for line in write_pairs(roles, tmp_path / "p.jsonl", 5, 1).read_text().splitlines()
@@ -24,9 +27,15 @@ def test_pairs_and_questions_are_made_of_the_rows(tmp_path: Path) -> None:
         pair["rejected"] in rows and pair["chosen"].startswith(pair["rejected"] + "\n") for pair in pairs
     )
     folder = write_questions(roles, tmp_path / "q", 3, 1)
-    for name, count in (("dev", 40), ("val", 24)):
+    options = DataOptions(source="instructions", path={k: str(f) for k, f in roles.items()}, tokenizer="byte")
+    store = prepare(options, seq_len=4096)
+    train = {Tokenizer.byte().decode(ids.tolist()) for shard in store.shards for ids, _ in shard.train}
+    for name in ("dev", "val"):
         asked = [json.loads(line) for line in (folder / f"mmlu_{name}.jsonl").read_text().splitlines()]
-        assert len(asked) == count
+        assert asked
+        for one in asked:  # what is asked is never trained on
+            words = [text for text in train if f"{one['question']}<|im_end|>" in text]
+            assert any(one["choices"][one["answer"]] in text for text in words) == (name == "dev")
         for one in asked:
             assert len(set(one["choices"])) == 4
             assert set(one["choices"]) <= rows

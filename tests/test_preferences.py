@@ -104,6 +104,7 @@ def test_only_the_last_answer_of_a_conversation_is_learnt(base: Path, tmp_path: 
         ({"prompt": "a", "chosen": " ", "rejected": "b"}, "an answer is empty"),
         ({"prompt": "a", "chosen": [{"role": "x", "content": "b"}], "rejected": "b"}, "needs role"),
         ({"chosen": "a", "rejected": "b"}, "after a turn of the user"),
+        ({"prompt": "a", "chosen": "\ud800", "rejected": "b"}, "lone surrogate"),
     ],
 )
 def test_rows_that_are_no_pairs_are_named(base: Path, tmp_path: Path, row: Any, sentence: str) -> None:
@@ -265,11 +266,41 @@ def test_the_reference_is_the_model_that_the_run_begins_as(base: Path, tmp_path:
     assert float(parts["kl"]) == pytest.approx(0.0, abs=1e-5)
 
 
+def test_another_model_of_the_same_weights_has_another_reference(base: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "pairs.jsonl", *map(pair, range(10)))
+    words = [f"start={base}", f"data.path.pairs={file}", f"data.cache={tmp_path / 'cache'}", *FEW]
+    prints = set()
+    for theta in (10000.0, 500.0):
+        more = [f"model.attention.rope_theta={theta}", f"out={tmp_path / str(theta)}"]
+        prints.add(build_session(load_recipe("dpo", [*words, *more]), lambda _: None).store.fingerprint)
+    assert len(prints) == len(list((tmp_path / "cache" / "references").iterdir())) == 2
+
+
+def test_all_pairs_of_a_prompt_are_on_one_side(base: Path, tmp_path: Path) -> None:
+    rows = [{**pair(n % 12), "rejected": "1, 2, 3"[: 1 + n // 12]} for n in range(60)]
+    store = store_of(base, write(tmp_path / "x.jsonl", *rows))
+    asked = {
+        split: {ids[: int(learnt.argmax())].tobytes() for (ids, learnt), _ in pairs}
+        for split, pairs in store.pairs.items()
+    }
+    assert not asked["train"] & asked["val"]
+
+
 def test_what_does_not_go_together_is_refused(base: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "pairs.jsonl", *map(pair, range(6)))
     for words, sentence in (
         ([f"start={base}", f"data.path={file}", "loss.objective=next_token"], "do not go together"),
         ([f"start={base}", f"data.path={file}", "data.join=0.5"], "join and pack are for"),
+        ([f"start={base}", f"data.path={file}", "loss.reduction=sum"], "is for next_token"),
+        (
+            [f"start={base}", f"data.path={file}", "loss.objective=ipo", "loss.label_smoothing=0.1"],
+            "for dpo and",
+        ),
+        (
+            [f"start={base}", f"data.path={file}", "loss.objective=kto", "train.accumulate=32"],
+            "leave two pairs",
+        ),
+        ([f"start={base}", f"data.path={file}", "model.dropout=0.1"], "preferences take none"),
     ):
         with pytest.raises(RecipeError, match=sentence):
             load_recipe("dpo", words)

@@ -40,7 +40,7 @@ def evaluate_tasks(
         )
     wanted: list[Any] = list(tasks)
     for name, path in local.items():
-        wanted += local_tasks(name, path, limit)
+        wanted += local_tasks(name, path, limit, shots)
     results = {}
     for path in models:
         say(f"evaluating {path}")
@@ -50,7 +50,7 @@ def evaluate_tasks(
                 model=model,
                 tasks=wanted,
                 num_fewshot=shots,
-                limit=None if local else limit,
+                limit=limit,
                 bootstrap_iters=0,
                 log_samples=False,
                 task_manager=manager,
@@ -110,7 +110,7 @@ def harness_model(lm: LM, say: Say) -> Any:
             for request in requests:
                 context, options = request.args
                 until = options.get("until") or []
-                most = int(options.get("max_gen_toks", _MOST_NEW))
+                most = min(int(options.get("max_gen_toks", _MOST_NEW)), self.max_length // 2)
                 ids = self.tok_encode(context)[-(self.max_length - most) :]
                 stop = [until] if isinstance(until, str) else list(until)
                 answers.append("".join(lm.stream(ids, most, stop=[text for text in stop if text])))

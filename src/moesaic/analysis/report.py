@@ -4,6 +4,7 @@ Shape legend: L sparse layers, N windows, B windows of a batch, T positions, K c
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,16 +54,19 @@ class Analysis:
         """All figures, by layer where they are by layer."""
         census = self.census
         chosen_LE = census.chosen_LCE.sum(1)
-        E, k = census.experts, self.top_k
+        E = census.experts
+        # What is carried out for a token: top-k, or fewer where the router decides.
+        k = float(chosen_LE.sum() / (census.token_C.sum() * len(census.layers)).clamp(min=1))
         return {
             "layers": census.layers,
             "experts": census.names or E,
-            "top_k": k,
+            "top_k": self.top_k,
+            "experts_per_token": k,
             "tokens": dict(zip(census.domains, census.token_C.tolist(), strict=True)),
             "chance": {
                 "saturation": k / E,
                 "saturation_top1": 1 / E,
-                "coactivation": (k - 1) / max(1, E - 1),
+                "coactivation": max(0.0, k - 1) / max(1, E - 1),
             },
             "saturation": {
                 label: {"top_k": [s for s, _ in rows], "top_1": [s for _, s in rows]}
@@ -116,7 +120,10 @@ class Analysis:
             ("layers shown", places),
             ("load, busiest over mean", of(numbers["load"]["balance"], "{:.2f}")),
             ("dead experts", ", ".join(str(numbers["load"]["dead"][n]) for n in shown)),
-            ("largest share of a domain", f"{of(largest)}  (uniform {self.top_k / census.experts:.3f})"),
+            (
+                "largest share of a domain",
+                f"{of(largest)}  (uniform {numbers['experts_per_token'] / census.experts:.3f})",
+            ),
             ("domain told by an expert, bits", of(numbers["domain_bits"])),
             (
                 "most co-activated pair",
@@ -167,13 +174,16 @@ def analyse(
 
     Raises RecipeError, DataError, CheckpointError for models that are not of one kind.
     """
-    paths = _checkpoints(models[0]) if len(models) == 1 else [(path.name, path) for path in models]
+    paths = _checkpoints(models[0]) if len(models) == 1 else _labelled(models)
     label, path = paths[-1]
     lm = load(path)
     if not lm.config.moe_layers:
         raise RecipeError(f"{path}: is a dense model; it has no experts to analyse")
-    if lm.config.position == "learned":
-        seq_len = min(seq_len, lm.config.context)
+    seq_len = min(seq_len, lm.config.context)  # what lies past it, the model has never been trained on
+    if tokens < seq_len:
+        raise RecipeError(
+            f"--tokens {tokens}: is less than one window; lower --seq-len, which is {seq_len} here"
+        )
     windows = labelled_windows(lm, data, tokens, seq_len)
     last = choices(label, lm, windows, say)
     saturation = {}
@@ -243,12 +253,18 @@ def _predicted(lm: LM, hidden_TD: Tensor) -> Tensor:
     return torch.cat([lm.model.lm_head(part).argmax(-1) for part in hidden_TD.split(rows)]).cpu()
 
 
+def _labelled(models: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Models by the names of their folders, or by their paths where two have one name."""
+    names = [path.name for path in models]
+    return [(str(path) if names.count(path.name) > 1 else path.name, path) for path in models]
+
+
 def _checkpoints(path: Path) -> list[tuple[str, Path]]:
     """The checkpoints of a run in order, its finished model last; of anything else, itself."""
     folder = path / "checkpoints"
     if not folder.is_dir():
         return [(path.name, path)]
-    steps = sorted(folder.glob("step-*"), key=step_of)
+    steps = sorted((f for f in folder.glob("step-*") if re.fullmatch(r"step-\d+", f.name)), key=step_of)
     found = [(f"step {step_of(step):,}", step) for step in steps]
     if not (path / "model").is_dir():
         return found or [(path.name, path)]

@@ -50,7 +50,9 @@ def _domains(numbers: dict[str, Any], census: Census) -> Figure:
             axes.bar(
                 np.arange(E) + (c - (C - 1) / 2) * width, share_CE[c], width, color=colours[c], label=name
             )
-        axes.axhline(100 * numbers["top_k"] / E, color=_GREY, linestyle="--", linewidth=1, label="uniform")
+        axes.axhline(
+            100 * numbers["experts_per_token"] / E, color=_GREY, linestyle="--", linewidth=1, label="uniform"
+        )
         axes.set_title(f"layer {census.layers[n]}", fontsize=9)
         axes.set_ylabel("% of tokens")
         axes.margins(x=0.01)

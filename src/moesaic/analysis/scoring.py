@@ -7,7 +7,7 @@ together.
 Shape legend: B contexts of a batch, T their tokens, R continuations, N their tokens but the last, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,10 @@ class Score:
     greedy: bool
 
 
-Pair = tuple[Sequence[int], Sequence[int]]  # a context, not empty, and what follows it, not empty
+Pair = tuple[Sequence[int], Sequence[int]]  # a context, not empty, and what follows it
+Group = tuple[
+    tuple[int, ...], list[tuple[int, tuple[int, ...]]]
+]  # a context; numbers and continuations of pairs
 
 
 @torch.inference_mode()
@@ -41,27 +44,53 @@ def score(
     """
     model.eval()
     groups: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
+    scores: dict[int, Score] = {}
     for number, (before, after) in enumerate(pairs):
         whole = (*before, *after)[-(context + 1) :]
-        kept = tuple(after)[-(len(whole) - 1) :]
+        kept = tuple(after)[-(len(whole) - 1) :] if after else ()
+        if not kept:  # nothing is certain to follow
+            scores[number] = Score(0.0, True)
+            continue
         groups.setdefault(whole[: len(whole) - len(kept)], []).append((number, kept))
-    # With learned positions there is no room past the context, not even for another's padding.
-    room = 0 if model.config.position == "learned" else _BATCH_TOKENS
-    scores: dict[int, Score] = {}
-    batch: list[tuple[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]] = []
-    for prefix in sorted(groups, key=lambda tokens: (-len(tokens), tokens)):  # the longest first
-        if batch and len(batch[0][0]) * (len(batch) + 1) > room:
+    # With learned positions there is no room past the context, not even for another's padding; and a short
+    # convolution would remember padding for a shorter context's last tokens.
+    alone = model.config.position == "learned" or bool(model.config.conv)
+    batch: list[Group] = []
+    for group in _pieces(groups):
+        if batch and (alone or _tokens([*batch, group]) > _BATCH_TOKENS):
             _score_batch(model, batch, scores, done)
             batch = []
-        batch.append((prefix, groups[prefix]))
+        batch.append(group)
     if batch:
         _score_batch(model, batch, scores, done)
     return [scores[number] for number in range(len(pairs))]
 
 
+def _pieces(groups: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]) -> Iterator[Group]:
+    """The contexts, the longest first, those with very many continuations more than once."""
+    for prefix in sorted(groups, key=lambda tokens: (-len(tokens), tokens)):
+        members = sorted(groups[prefix], key=lambda member: len(member[1]))
+        start = 0
+        while start < len(members):
+            end = start + 1
+            while end < len(members) and _tokens([(prefix, members[start : end + 1])]) <= 4 * _BATCH_TOKENS:
+                end += 1
+            yield prefix, members[start:end]
+            start = end
+
+
+def _tokens(batch: Sequence[Group]) -> int:
+    """How many tokens a batch puts through the model: contexts, and continuations where they are longer than
+    one token."""
+    prefix = max(len(prefix) for prefix, _ in batch)
+    more = max(len(tokens) for _, members in batch for _, tokens in members) - 1
+    rows = sum(len(members) for _, members in batch)
+    return len(batch) * prefix + (rows * (prefix // 4 + more) if more else 0)
+
+
 def _score_batch(
     model: LanguageModel,
-    batch: list[tuple[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]],
+    batch: list[Group],
     scores: dict[int, Score],
     done: Callable[[int], None] | None,
 ) -> None:

@@ -17,17 +17,17 @@ _SHOTS = 5
 LOCAL = ("mmlu", "gsm8k")
 
 
-def local_tasks(name: str, path: Path, limit: int | None) -> list[dict[str, Any]]:
+def local_tasks(name: str, path: Path, limit: int | None, shots: int | None = None) -> list[dict[str, Any]]:
     """The task configurations of one local benchmark. ``limit`` questions at most (of MMLU in each subject).
     Raises DataError, RecipeError."""
     if name == "mmlu":
-        return _mmlu(path, limit)
+        return _mmlu(path, limit, shots)
     if name == "gsm8k":
-        return [_gsm8k(path, limit)]
+        return [_gsm8k(path, limit, shots)]
     raise RecipeError(f"--local {name}: {' and '.join(LOCAL)} can be read from files")
 
 
-def _mmlu(folder: Path, limit: int | None) -> list[dict[str, Any]]:
+def _mmlu(folder: Path, limit: int | None, shots: int | None) -> list[dict[str, Any]]:
     shown = _by_subject(folder / "mmlu_dev.jsonl")
     asked = _by_subject(folder / "mmlu_val.jsonl")
     lacking = sorted(asked.keys() - shown.keys())
@@ -35,6 +35,10 @@ def _mmlu(folder: Path, limit: int | None) -> list[dict[str, Any]]:
         raise DataError(f"{folder / 'mmlu_dev.jsonl'}: has no example of {lacking[0]}")
     tasks = []
     for subject, rows in asked.items():
+        if shots is not None and shots > len(shown[subject]):
+            raise RecipeError(
+                f"--shots {shots}: {folder / 'mmlu_dev.jsonl'} has {len(shown[subject])} of {subject}"
+            )
         splits = {"dev": shown[subject], "validation": rows[:limit]}
         tasks.append(
             {
@@ -58,8 +62,10 @@ def _mmlu(folder: Path, limit: int | None) -> list[dict[str, Any]]:
     return tasks
 
 
-def _gsm8k(file: Path, limit: int | None) -> dict[str, Any]:
+def _gsm8k(file: Path, limit: int | None, shots: int | None) -> dict[str, Any]:
     rows = [_checked(row, where, ("question", "answer")) for where, row in read_rows(file, _MOST_LINE)]
+    if shots is not None and shots > _SHOTS:
+        raise RecipeError(f"--shots {shots}: of {file} {_SHOTS} rows are shown as examples")
     if len(rows) <= _SHOTS:
         raise DataError(
             f"{file}: has {len(rows)} rows; {_SHOTS} are shown as examples, and more must be asked"
@@ -113,24 +119,23 @@ def _gsm8k(file: Path, limit: int | None) -> dict[str, Any]:
 def _by_subject(file: Path) -> dict[str, list[dict[str, Any]]]:
     subjects: dict[str, list[dict[str, Any]]] = {}
     for where, row in read_rows(file, _MOST_LINE):
-        _checked(row, where, ("subject", "question", "choices", "answer"))
+        kept = _checked(row, where, ("subject", "question", "choices", "answer"))
         choices, answer = row["choices"], row["answer"]
-        if (
-            not isinstance(choices, list)
-            or len(choices) != 4
-            or type(answer) is not int
-            or not 0 <= answer < 4
-        ):
-            raise DataError(f"{where}: choices are four, and answer is the number of one, from 0")
-        subjects.setdefault(str(row["subject"]), []).append(row)
+        four = isinstance(choices, list) and len(choices) == 4 and all(isinstance(c, str) for c in choices)
+        if not four or type(answer) is not int or not 0 <= answer < 4:
+            raise DataError(f"{where}: choices are four texts, and answer is the number of one, from 0")
+        subjects.setdefault(str(row["subject"]), []).append(kept)
     return subjects
 
 
 def _checked(row: dict[str, Any], where: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that are needed, and no others. Raises DataError."""
     missing = [name for name in fields if name not in row]
     if missing:
         raise DataError(f"{where}: has no field {missing[0]!r}; needed are {', '.join(fields)}")
-    return row
+    if not isinstance(row["question"], str):
+        raise DataError(f"{where}: question holds {type(row['question']).__name__}, not a text")
+    return {name: row[name] for name in fields}
 
 
 def _dataset(splits: dict[str, list[dict[str, Any]]], **_: Any) -> Any:

@@ -34,8 +34,8 @@ def eval_model(
     files = {}
     for word in local or []:
         name, equals, path = word.partition("=")
-        if not equals:
-            raise RecipeError(f"--local {word}: write mmlu=FOLDER or gsm8k=FILE")
+        if not equals or name in files:
+            raise RecipeError(f"--local {word}: write mmlu=FOLDER or gsm8k=FILE, each once")
         files[name] = Path(path).expanduser()
     names = [name for name in tasks.split(",") if name]
     if not names and not files:

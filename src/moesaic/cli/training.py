@@ -35,9 +35,11 @@ def train(
         int | None, typer.Option(min=1, help="With --dry-run: plan for so many GPUs, by arithmetic alone.")
     ] = None,
     gpu_tflops: Annotated[
-        float, typer.Option(min=1, help="What one multiplies at best, dense bf16.")
-    ] = 989.0,
-    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="The share of it that is reached.")] = 0.2,
+        float | None, typer.Option(min=1, help="What one multiplies at best, dense bf16; 989.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="The share of it that is reached; 0.2.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe, perhaps starting from a model: moesaic train RECIPE [MODEL] [a.b=c …]."""
@@ -45,11 +47,13 @@ def train(
     chosen = recipe_of(recipe, words, resume)
     if gpus is not None and not dry_run:
         raise RecipeError("--gpus plans and trains nothing: say --dry-run too")
+    if gpus is None and (gpu_tflops is not None or mfu is not None):
+        raise RecipeError("--gpu-tflops and --mfu are about a cluster: say --gpus too")
     if dry_run:
         from moesaic.train import measure
 
         if gpus is not None:
-            report = measure.plan(chosen, measure.Cluster(gpus, gpu_tflops, mfu=mfu))
+            report = measure.plan(chosen, measure.Cluster(gpus, gpu_tflops or 989.0, mfu=mfu or 0.2))
         elif measure.too_large(chosen):
             report = measure.plan(chosen, None)
         else:

@@ -369,8 +369,9 @@ def _random(options: DataOptions) -> Corpus:
     size, seed = options.max_chars or _RANDOM_CHARS, 0
     return Corpus(
         {"random": partial(_random_texts, size, seed)},
-        {"source": "random", "size": size},
+        {"source": "random", "size": size, "documents": options.max_documents},
         "random letters",
+        max_documents=options.max_documents,
         notes=(
             "data.source = random: the text is random letters and TEACHES NOTHING; no loss of this run means "
             "anything",

@@ -179,8 +179,10 @@ def fits_in_half(example: Coded, seq_len: int) -> bool:
 def template_of(options: DataOptions) -> ChatTemplate | None:
     """The chat template that ``data.template`` names, or the tokenizer's neighbour. Raises DataError."""
     if options.template is None:
-        where = Path(options.tokenizer).expanduser().parent
-        return load_template(where) if options.tokenizer.endswith(".json") else None
+        where = Path(options.tokenizer).expanduser()
+        if where.is_dir():
+            return load_template(where)
+        return load_template(where.parent) if where.suffix == ".json" else None
     path = Path(options.template).expanduser()
     if path.is_dir():
         return load_template(path)

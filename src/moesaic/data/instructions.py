@@ -103,6 +103,9 @@ def _messages(row: dict[str, Any], where: str) -> list[Message]:
         return messages
     if "instruction" not in row and "output" not in row:
         return []
+    for name in ("instruction", "output"):
+        if name not in row:
+            raise DataError(f"{where}: no field {name!r}; instruction and output go together")
     instruction, output = text_of(row, "instruction", where), text_of(row, "output", where)
     if not output.strip():
         raise DataError(f"{where}: output is empty, so there is nothing to learn; remove the row")
@@ -116,4 +119,6 @@ def _messages(row: dict[str, Any], where: str) -> list[Message]:
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise DataError(f"{where}: a turn's role is one of {', '.join(_ROLES)}")
+    if "content" not in message:
+        raise DataError(f"{where}: a turn has no content")
     return {"role": message["role"], "content": text_of(message, "content", where)}

@@ -9,7 +9,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+from moesaic.data.instructions import read_examples, split_key, which_held_out
+
 Row = dict[str, Any]
+
+HELD_OUT = 0.1  # as data.val_fraction is by itself
 
 _CLOSINGS = ("I hope that helps!", "Ask me again whenever you like.", "Glad to help!")
 
@@ -30,15 +34,21 @@ def write_pairs(roles: dict[str, Path], out: Path, each: int, seed: int) -> Path
 
 
 def write_questions(roles: dict[str, Path], folder: Path, each: int, seed: int) -> Path:
-    """mmlu_dev.jsonl and mmlu_val.jsonl with ``each`` questions of every role, four answers each."""
+    """mmlu_dev.jsonl and mmlu_val.jsonl with at most ``each`` questions of every role, four answers each;
+    asked is what instruction data holds out, shown as examples what it trains on."""
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[str]] = {"dev": [], "val": []}
     for role, file in roles.items():
         rows = _rows(file)
-        draw.shuffle(rows)
+        out = which_held_out([split_key(example) for example in read_examples(file, role)], HELD_OUT)
+        apart = [
+            [row for row, held in zip(rows, out, strict=True) if held == wanted] for wanted in (False, True)
+        ]
+        for part in apart:
+            draw.shuffle(part)
         others = sorted({row["output"] for row in rows})
-        for n, row in enumerate(rows[: each + 5]):
+        for n, row in enumerate([*apart[0][:5], *apart[1][:each]]):
             wrong = draw.sample([text for text in others if text != row["output"]], 3)
             answer = draw.randrange(4)
             choices = [*wrong[:answer], row["output"], *wrong[answer:]]

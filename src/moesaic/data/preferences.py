@@ -122,12 +122,12 @@ def prepare_preferences(
         for path in paths:
             for where, row in read_rows(path, options.max_line_bytes):
                 pair = _pair(row, where, tokenizer, template)
-                if np.array_equal(pair[0][0], pair[1][0]):
-                    equal += 1
-                    continue
                 short = tuple((ids[: seq_len + 1], learnt[: seq_len + 1]) for ids, learnt in pair)
                 if not all(learnt[1:].any() for _, learnt in short):
                     cut += 1
+                    continue
+                if np.array_equal(short[0][0], short[1][0]):
+                    equal += 1
                     continue
                 found.append((_key(row), (short[0], short[1])))
         found = sorted(found, key=lambda entry: entry[0][::-1])[: options.max_documents]
@@ -183,6 +183,8 @@ def _coded(turns: list[Message], where: str, tokenizer: Tokenizer, template: Cha
 def _turns(row: dict[str, Any], name: str, where: str) -> list[Message]:
     """A field as turns: it holds them, or the words of one."""
     value = row.get(name)
+    if not _is_unicode(value):
+        raise DataError(f"{where}: field {name!r} holds a lone surrogate, which is no character")
     if isinstance(value, str):
         return [{"role": "user" if name == "prompt" else "assistant", "content": value}]
     roles = ("system", "user", "assistant")
@@ -198,10 +200,15 @@ def _turns(row: dict[str, Any], name: str, where: str) -> list[Message]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
+def _is_unicode(value: Any) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in json.dumps(value, ensure_ascii=False, default=str))
+
+
 def _key(row: dict[str, Any]) -> str:
-    """What decides whether a pair is held out: a hash of its words."""
-    words = json.dumps({name: row.get(name) for name in ("prompt", "chosen", "rejected")}, sort_keys=True)
-    return hashlib.sha256(words.encode()).hexdigest()
+    """What decides whether a pair is held out: a hash of what is asked, so that all pairs of one prompt stay
+    on one side."""
+    asked = row.get("prompt", row["chosen"][:-1] if isinstance(row["chosen"], list) else "")
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _answers(pairs: list[Pair]) -> int:

@@ -162,6 +162,8 @@ class TokenStore:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         assert self._weight_D is not None
         share_D = self._weight_D * (starts_D > 0)  # a domain without a window has nothing to give
+        if not share_D.any():
+            raise DataError("data.weights: no domain with a weight is as long as train.seq_len; lower that")
         domain_B = generator.choice(len(share_D), batch_size, p=share_D / share_D.sum())
         return domain_B, generator.integers(0, starts_D[domain_B])
 

@@ -135,7 +135,8 @@ def too_large(recipe: Recipe) -> bool:
     memory = total_memory()
     if memory is None or recipe.model.vocab_size is None:  # its size is known when its data is
         return False
-    return 16 * recipe.model.parameters().total > memory
+    partly = recipe.train.freeze or recipe.train.only  # what is frozen has weights alone
+    return (4 if partly else 16) * recipe.model.parameters().total > memory
 
 
 def plan(recipe: Recipe, cluster: Cluster | None) -> Report:
@@ -147,7 +148,7 @@ def plan(recipe: Recipe, cluster: Cluster | None) -> Report:
             "model.vocab_size: say it, to plan without data; it comes from the tokenizer otherwise"
         )
     counts = config.parameters()
-    tokens = options.batch_size * options.seq_len
+    tokens = options.batch_size * options.seq_len * (2 if recipe.data.source == "preferences" else 1)
     flops = 3 * tokens * config.flops_per_token(options.seq_len) * options.steps
     state = 16 * counts.total  # float32 weights, gradients and two moments
     if cluster is None:

@@ -140,8 +140,11 @@ class Parts:
         known = mark.read_text(encoding="utf-8") if mark.is_file() else None
         if out.exists() and known == key:
             return out
-        if out.exists() and known is None:
-            raise RecipeError(f"{out}: is in the way; it was not made here. Choose another folder to work in")
+        for found in (out, *([run] if run is not None else [])):
+            if known is None and found.exists():
+                raise RecipeError(
+                    f"{found}: is in the way; it was not made here. Choose another folder to work in"
+                )
         if known != key:  # of other parts: made again from the beginning
             for old in (out, *([run] if run is not None else [])):
                 shutil.rmtree(old, ignore_errors=True)

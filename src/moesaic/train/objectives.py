@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moesaic.config import Options
@@ -40,7 +40,7 @@ class LossOptions(Options):
 
     objective: Literal["next_token", "dpo", "dpo_norm", "ipo", "kto"] = "next_token"
     reduction: Literal["mean", "sum"] = "mean"
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0)  # of preferences
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
 
     balance: float = Field(0.01, ge=0)
@@ -48,6 +48,14 @@ class LossOptions(Options):
     z: float = Field(0.0, ge=0)
     z_convention: ZConvention = "olmoe"
     entropy: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "LossOptions":
+        if self.objective != "next_token" and self.reduction != "mean":
+            raise ValueError("reduction = 'sum' is for next_token; preferences are averaged over pairs")
+        if self.label_smoothing and self.objective not in ("dpo", "dpo_norm"):
+            raise ValueError(f"label_smoothing is for dpo and dpo_norm, not for {self.objective}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """``moesaic demo-pipeline``: OLMoE's stages from nothing, each measured for what it is there for."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,9 +39,9 @@ _SHAPE: list[str] = []  # overrides of the model and its text, for a smaller one
 class Lengths:
     """Steps of each stage, and questions of each role."""
 
-    pretrain: int = 450
+    pretrain: int = 380
     anneal: int = 120
-    sft: int = 160
+    sft: int = 140
     dpo: int = 60
     questions: int = 12
 
@@ -155,9 +156,8 @@ def _measure(
 
 
 def _bits_per_byte(lm: LM, text: Store) -> float:
-    result = evaluate(lm.model, text, 32, 256)
-    tokens = sum(d.tokens for d in result.domains)
-    return sum(d.bits_per_byte * d.tokens for d in result.domains) / tokens
+    loss = evaluate(lm.model, text, 32, 256).loss
+    return loss / text.bytes_per_token("val") / math.log(2)
 
 
 @torch.inference_mode()

@@ -103,6 +103,13 @@ class Recipe(Options):
                 f"loss.objective = {self.loss.objective!r} and data.source = {self.data.source!r} do not go "
                 "together: preferences need dpo, dpo_norm, ipo or kto, and these need preferences"
             )
+        if pairs and self.model.dropout:
+            raise ValueError("model.dropout: the reference has none, so preferences take none; set it to 0")
+        if self.loss.objective == "kto" and self.train.batch_size // self.train.accumulate < 2:
+            raise ValueError(
+                "train.accumulate: kto measures an answer against the others of its part of the batch; leave "
+                "two pairs or more in each"
+            )
         if self.data.pack and self.model.conv:
             raise ValueError("data.pack: model.conv looks across the borders of packed examples; set it to 0")
         router = self.model.router
@@ -152,8 +159,9 @@ def _forget_old_source(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) 
     """Where an override chooses another source of data, drop what the recipe says for its own alone."""
     data, source = table.get("data"), dict(pairs).get("data.source")
     if isinstance(data, dict) and source is not None and source != data.get("source", "stdlib"):
-        for key in ("join", "pack", "template", "path"):
-            data.pop(key, None)
+        own = ("join", "pack", "template", "path", "weights", "field")
+        for key in [key for key in data if key in own or key.startswith("dataset")]:
+            del data[key]
 
 
 def _begin_from(table: dict[str, Any], start: str, has_tokenizer: bool) -> None:

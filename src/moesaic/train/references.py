@@ -1,7 +1,7 @@
 """What the model that a run begins with gives the answers of every pair: computed once, kept on disk.
 
-The file's name is a hash of the pairs, of the model's weights and of the precision, so another model, other
-data or another cut never finds it.
+The file's name is a hash of the pairs, of the model's settings and weights and of the precision, so another
+model, other data or another cut never finds it.
 """
 
 import hashlib
@@ -34,7 +34,9 @@ def add_reference(
 ) -> None:
     """Give the store its reference: from ``folder`` where it was computed before, else by running ``model``,
     which must still be as the run began. Raises DataError where the folder cannot be written."""
-    path = folder / "references" / f"{_identity(store, model, bf16)}.safetensors"
+    identity = _identity(store, model, bf16)
+    store.fingerprint = identity  # so that a run is not resumed against another reference
+    path = folder / "references" / f"{identity}.safetensors"
     if path.exists():
         try:
             kept = safetensors.torch.load_file(path)
@@ -73,7 +75,7 @@ def _computed(
 
 
 def _identity(store: PreferenceStore, model: LanguageModel, bf16: bool) -> str:
-    digest = hashlib.sha256(f"{store.fingerprint} {bf16}".encode())
+    digest = hashlib.sha256(f"{store.fingerprint} {bf16} {model.config.model_dump_json()}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
