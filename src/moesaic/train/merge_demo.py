@@ -39,7 +39,7 @@ def run_merge_demo(out: Console, root: Path, seed: int, say: Callable[[str], Non
     )
     parts = chain.make_parts(say)
     ours = chain.stages(parts, say)
-    others, missing = rivals(parts, 0, None, say)
+    others, missing = rivals(parts, chain.router_steps, chain.lr, say)
     proof = prove(parts, others, ours, missing, say)
     for table in proof.tables(out.width):
         out.print(table)
