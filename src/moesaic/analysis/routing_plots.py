@@ -98,7 +98,7 @@ def _vocabulary(numbers: dict[str, Any], census: Census) -> Figure:
     axes.set_ylabel("% of an id's tokens in one expert")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
