@@ -23,22 +23,11 @@ import moesaic
 from moesaic.analysis.harness import harness_model
 from moesaic.analysis.tasks import local_tasks
 from moesaic.data.tokenizers import Tokenizer
-from moesaic.model.attention import AttentionOptions
-from moesaic.model.config import ModelConfig
-from moesaic.model.experts import ExpertOptions
-from moesaic.model.routers import TopKOptions
 from moesaic.model.transformer import LanguageModel
+from moesaic.train.recipe import load_recipe
 from moesaic.weights.hf import tokenizer_files, write_hf
 
-SHAPE = ModelConfig(
-    layers=4,
-    width=2048,
-    vocab_size=50_304,
-    context=4096,
-    attention=AttentionOptions(heads=16, qk_norm="full"),
-    experts=ExpertOptions(count=64, hidden=1024),
-    router=TopKOptions(top_k=8),
-)
+SHAPE = load_recipe("olmoe-1b-7b", ["model.layers=4"]).model
 
 
 def main() -> None:

@@ -21,12 +21,9 @@ from timing import header
 
 from moesaic.generate import SampleOptions, stream
 from moesaic.machine import read_bandwidth
-from moesaic.model.attention import AttentionOptions
-from moesaic.model.config import ModelConfig
-from moesaic.model.experts import ExpertOptions
 from moesaic.model.packed import pack
-from moesaic.model.routers import TopKOptions
 from moesaic.model.transformer import LanguageModel
+from moesaic.train.recipe import load_recipe
 from moesaic.weights.gguf import write_gguf
 from moesaic.weights.hf import load_hf, write_hf
 
@@ -100,15 +97,7 @@ def main() -> None:
     parser.add_argument("--llama", help="a Python interpreter that has llama-cpp-python")
     args = parser.parse_args()
     print(header(), flush=True)
-    config = ModelConfig(
-        layers=args.layers,
-        width=2048,
-        vocab_size=50_304,
-        context=4096,
-        attention=AttentionOptions(heads=16, qk_norm="full"),
-        experts=ExpertOptions(count=64, hidden=1024),
-        router=TopKOptions(top_k=8),
-    )
+    config = load_recipe("olmoe-1b-7b", [f"model.layers={args.layers}"]).model
     torch.manual_seed(0)
     model = LanguageModel(config).bfloat16().eval()
     active = config.parameters().active - config.vocabulary * config.width

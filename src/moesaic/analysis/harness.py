@@ -1,6 +1,5 @@
 """lm-evaluation-harness with our model in process: ``moesaic eval MODEL --tasks …``."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,11 +138,6 @@ def rows_of(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, 
                 cells.append(shown if error is None else f"{shown} ± {error:.4f}")
             rows.append((f"{task}: {metric}", cells))
     return rows
-
-
-def write_results(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """For programs."""
-    return json.dumps(results)
 
 
 def _metrics(found: dict[str, Any], counts: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -79,6 +79,7 @@ class Analysis:
                 map(measures.coactivation, census.adjacent_LEE, chosen_LE)
             ),
             "vocabulary": {kind: self.vocabulary(kind) for kind in KINDS},
+            "transitions": _nested(map(measures.transitions, census.step_LEE)),
             "transition_bits": [measures.transition_bits(step) for step in census.step_LEE],
             "load": {
                 "balance": summarise_load(chosen_LE).balance_L,

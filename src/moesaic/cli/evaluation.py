@@ -1,5 +1,6 @@
 """``moesaic eval MODEL``: benchmarks of the harness, beside each other."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,7 @@ def eval_model(
 ) -> None:
     """Measure models by lm-evaluation-harness, with ours in process: moesaic eval MODEL --tasks
     arc_easy,piqa."""
-    from moesaic.analysis.harness import evaluate_tasks, rows_of, write_results
+    from moesaic.analysis.harness import evaluate_tasks, rows_of
 
     files = {}
     for word in local or []:
@@ -42,7 +43,7 @@ def eval_model(
         raise RecipeError("give --tasks NAME,NAME or --local mmlu=FOLDER")
     results = evaluate_tasks(models, names, files, shots, limit, say)
     if as_json:
-        typer.echo(write_results(results))
+        typer.echo(json.dumps(results))
         return
     table = Table(box=None, title="evaluation", title_justify="left", title_style="bold")
     table.add_column("task")
