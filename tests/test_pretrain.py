@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,7 +163,8 @@ def test_second_preparation_opens_the_first(tmp_path: Path, monkeypatch: pytest.
     first = prepare(given)
     monkeypatch.setattr(pretrain, "_build", None)  # building again would fail
     assert prepare(given).folder == first.folder
-    assert sorted(p.name for p in first.folder.iterdir()) == ["a.bin", "meta.json", "tokenizer.json"]
+    names = ["a.bin", "a.ends", "meta.json", "tokenizer.json"]
+    assert sorted(p.name for p in first.folder.iterdir()) == names
     assert [p.name for p in first.folder.parent.iterdir()] == [first.folder.name]
 
 
@@ -181,7 +183,7 @@ def test_what_decides_the_tokens_decides_the_folder(tmp_path: Path) -> None:
     assert prepare(given.model_copy(update={"vocab_size": 999})).folder in folders  # read by bpe alone
 
 
-@pytest.mark.parametrize("name", ["a.bin", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("name", ["a.bin", "a.ends", "tokenizer.json", "meta.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_found_and_mended(tmp_path: Path, name: str, damage: str) -> None:
     given = options(tmp_path, {"a": "some text " * 9})
@@ -213,13 +215,19 @@ def test_concurrent_preparations_agree(
     given = options(tmp_path, {"a": "some text " * 9})
     if damaged:
         (prepare(given).folder / "a.bin").write_bytes(b"")
-    barrier, put, stores = threading.Barrier(2), pretrain._put_in_place, []
+    barrier, locked, build, built = threading.Barrier(2), pretrain._locked, pretrain._build, []
+    stores: list[TokenStore] = []
 
-    def together(building: Path, folder: Path) -> None:
+    def together(*arguments: Any) -> Any:
         barrier.wait(10)
-        put(building, folder)
+        return locked(*arguments)
 
-    monkeypatch.setattr(pretrain, "_put_in_place", together)
+    def counted(*arguments: Any) -> None:
+        built.append(1)
+        build(*arguments)
+
+    monkeypatch.setattr(pretrain, "_locked", together)
+    monkeypatch.setattr(pretrain, "_build", counted)
     threads = [threading.Thread(target=lambda: stores.append(prepare(given))) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -227,6 +235,7 @@ def test_concurrent_preparations_agree(
         thread.join(20)
     assert len(stores) == 2
     assert stores[0].folder == stores[1].folder
+    assert len(built) == 1
     assert len(list(stores[0].folder.parent.iterdir())) == 1
 
 
@@ -241,7 +250,7 @@ def test_the_fingerprint_is_of_the_tokens_not_of_the_file(tmp_path: Path) -> Non
     assert prepare(given).fingerprint != first.fingerprint
 
 
-def test_what_a_killed_preparation_left_is_removed_and_what_a_live_one_builds_is_not(tmp_path: Path) -> None:
+def test_what_nobody_went_on_with_is_removed_and_what_is_being_built_is_not(tmp_path: Path) -> None:
     given = options(tmp_path, {"a": "some text " * 9})
     cache = prepare(given).folder.parent
     left, live, young = (cache / f".building-{name}" for name in ("left", "live", "young"))
@@ -256,7 +265,9 @@ def test_what_a_killed_preparation_left_is_removed_and_what_a_live_one_builds_is
     assert [folder.exists() for folder in (left, live, young)] == [False, True, True]
 
 
-def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_text_leaves_nothing_and_a_full_disk_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = options(tmp_path, {"a": ["good", "bad"]}, tokenizer=str(tmp_path / "t.json"))
     Tokenizer.char(["god"]).save(tmp_path / "t.json")
     with pytest.raises(DataError, match=r"domain a, documents 1 to 2: character 'b' .* at position 0"):
@@ -267,9 +278,13 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ResourceError, match="the disk is full"):
-        prepare(given.model_copy(update={"tokenizer": "byte"}))
-    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+    plain = given.model_copy(update={"tokenizer": "byte"})
+    with pytest.raises(ResourceError, match="the disk is full; make room and repeat the command"):
+        prepare(plain)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "cache" / "tokens").glob(".building-*"))) == 1
+    assert prepare(plain).shards[0].tokens == len("goodbad")
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
 
 
 def test_bad_tokenizers_and_caches(tmp_path: Path) -> None:

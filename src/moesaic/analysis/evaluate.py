@@ -72,7 +72,9 @@ def evaluate(
             target_N = target_BT.to(device).flatten()
             with precision():
                 mask_BT = None if real_BT is None else real_BT.to(device)
-                output = model(ids_BT.to(device), mask_BT, logits=False)
+                document = windows.document_BT
+                document = None if document is None else document.to(device)
+                output = model(ids_BT.to(device), mask_BT, document_BT=document, logits=False)
                 losses_N = token_losses(output.hidden_BTD.flatten(0, 1), model.lm_head, target_N)
             total += losses_N.double().sum().item()
             tokens += int((target_BT != IGNORE).sum())

@@ -1,11 +1,12 @@
 """Verbs that make data."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moesaic.cli.arguments import AsJson
+from moesaic.cli.arguments import AsJson, RecipeName, recipe_of
 from moesaic.terminal import print_rows, say
 
 
@@ -34,6 +35,30 @@ def build(
     ]
     total = sum(len(one.rows) for one in taken)
     print_rows([*rows, ("written", f"{total:,} rows, shuffled: {target}")], as_json)
+
+
+def prepare(context: typer.Context, recipe: RecipeName, as_json: AsJson = False) -> None:
+    """Tokenise a recipe's text, as training would before its first step: moesaic data prepare RECIPE [a.b=c
+    …]. Interrupted, the same command goes on where it was."""
+    from dataclasses import asdict
+
+    from moesaic.data.pretrain import prepare as run_prepare
+    from moesaic.data.store import Shard
+    from moesaic.train.interrupt import Interrupt
+
+    chosen = recipe_of(recipe, context.args)
+    with Interrupt() as interrupt:
+        store = run_prepare(
+            chosen.data, seq_len=chosen.train.seq_len, progress=say, stopped=lambda: interrupt.requested
+        )
+    for note in store.notes:
+        say(note)
+    if as_json:
+        parts = [asdict(shard) for shard in store.shards if isinstance(shard, Shard)]
+        typer.echo(json.dumps({"tokens": store.train_tokens, "domains": parts}))
+        return
+    rows = [(s.domain, f"{s.train_tokens:,} training tokens of {s.tokens:,}") for s in store.shards]
+    print_rows([*rows, ("all", f"{store.train_tokens:,} training tokens")], False, chosen.name)
 
 
 def show() -> None:

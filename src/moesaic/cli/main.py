@@ -52,8 +52,9 @@ _evaluations.command("model")(evaluation.eval_model)
 _evaluations.command("merge", context_settings=OVERRIDES)(merging.eval_merge)
 app.add_typer(_evaluations, name="eval")
 
-_data = typer.Typer(no_args_is_help=True, help="Make training data of public datasets.")
+_data = typer.Typer(no_args_is_help=True, help="Make training data: of public datasets, and tokens of text.")
 _data.command("build", context_settings=OVERRIDES)(datasets.build)
+_data.command("prepare", context_settings=OVERRIDES)(datasets.prepare)
 _data.command("show")(datasets.show)
 app.add_typer(_data, name="data")
 

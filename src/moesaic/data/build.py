@@ -21,8 +21,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from moesaic.config import Options, apply_overrides, parse_overrides, read_toml, validate
-from moesaic.data.corpora import hub_rows, matches
-from moesaic.data.readers import read_rows
+from moesaic.data.corpora import matches
+from moesaic.data.readers import hub_rows, read_rows
 from moesaic.errors import DataError, RecipeError
 from moesaic.files import explained, write_atomic
 

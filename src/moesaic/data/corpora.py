@@ -25,7 +25,8 @@ from typing import Any, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from moesaic.config import Options
-from moesaic.data.readers import read_texts, text_of
+from moesaic.data.cleaning import CleanOptions
+from moesaic.data.readers import hub_library, hub_rows, read_texts, text_of
 from moesaic.errors import DataError
 from moesaic.files import write_atomic
 
@@ -62,6 +63,9 @@ class DataOptions(Options):
     tokenizer: str = Field("char", min_length=1)  # char, byte, bpe, or the path of a tokenizer.json
     vocab_size: int = Field(4096, ge=1)  # read when the tokenizer is bpe
     val_fraction: float = Field(0.1, gt=0, lt=1)  # the tail of each domain
+    clean: CleanOptions = CleanOptions()  # of texts: what is mended and what is left out
+    # Whether attention stops at the borders of documents in a window; the loss does not.
+    document_mask: bool = False
     # Domain -> its share of the training windows; not given: as it has text. They add up to 1.
     weights: dict[str, float] | None = None
     template: str | None = None  # of instructions: a file or a model directory; default: beside the tokenizer
@@ -86,6 +90,9 @@ class DataOptions(Options):
             raise ValueError('join and pack are for source="instructions"')
         if self.source not in ("instructions", "preferences") and self.template:
             raise ValueError('template is for source="instructions" and source="preferences"')
+        talks = self.source in ("instructions", "preferences")
+        if talks and (self.clean != CleanOptions() or self.document_mask):
+            raise ValueError("clean and document_mask are for texts, not for conversations")
         if self.weights is not None:
             if self.source in ("instructions", "preferences"):
                 raise ValueError(
@@ -326,7 +333,7 @@ def _downloaded_shakespeare(cache: Path) -> Path:
 
 
 def _hub(options: DataOptions) -> Corpus:
-    _datasets("data.source=hub")
+    hub_library("data.source=hub")
     name = str(options.dataset)
     which = {"source", "dataset", "dataset_config", "dataset_split", "dataset_revision", "field"}
     identity = options.model_dump(include=which)
@@ -338,30 +345,6 @@ def _hub_texts(name: str, options: DataOptions) -> Iterator[str]:
     which = (options.dataset_config, options.dataset_split, options.dataset_revision)
     for where, row in hub_rows(name, *which):
         yield text_of(row, options.field, where)
-
-
-def hub_rows(
-    name: str, config: str | None, split: str, revision: str | None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a dataset on the Hub as they come over the network, each with where it stands. Raises
-    DataError."""
-    datasets, row = _datasets(f"dataset {name}"), 0
-    try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-        for row, values in enumerate(rows, 1):
-            yield f"{name}: row {row}", values
-    except DataError:
-        raise
-    except Exception as error:  # the network, the Hub and the formats raise whatever they like
-        raise DataError(f"dataset {name}: cannot be read after row {row}: {error}") from error
-
-
-def _datasets(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{what} needs datasets: pip install 'moesaic[hub]'") from None
-    return datasets
 
 
 def _random(options: DataOptions) -> Corpus:

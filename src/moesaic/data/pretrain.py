@@ -2,7 +2,8 @@
 
 ``prepare`` writes one shard of token ids per domain into a folder named after all that decides its
 content, so that a second run opens it instead of tokenising again. The folder appears complete or not
-at all: it is built under another name and renamed. Every opening checks sizes and SHA-256.
+at all: it is built under another name and renamed. A preparation that is interrupted is gone on with
+(sharding.py). Every opening checks sizes and SHA-256.
 """
 
 import errno
@@ -10,39 +11,38 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import tempfile
 import time
-from array import array
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-
-from moesaic.data.corpora import Corpus, DataOptions, Document, cache_folder, open_corpus
+from moesaic.data.corpora import Corpus, DataOptions, cache_folder, open_corpus
 from moesaic.data.examples import prepare_examples
 from moesaic.data.preferences import prepare_preferences
-from moesaic.data.store import FORMAT, Shard, Store, TokenStore, checksum_of, sha256_of
+from moesaic.data.sharding import remove_leftovers, write_shards
+from moesaic.data.store import FORMAT, Store, TokenStore, checksum_of, sha256_of
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError, ResourceError
-from moesaic.files import sync_directory
+from moesaic.files import sync_directory, write_atomic
 
-_BATCH_CHARS = 1 << 20
+_ABANDONED = 7 * 86_400  # seconds after which an interrupted preparation that nobody went on with is removed
 
 
 def prepare(
-    options: DataOptions, *, seq_len: int = 2048, progress: Callable[[str], None] | None = None
+    options: DataOptions,
+    *,
+    seq_len: int = 2048,
+    progress: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Store:
     """The tokens of a corpus: opened when they are in the cache intact, made otherwise; or instructions,
     which are read anew and cut to ``seq_len``.
 
-    ``progress`` is given sentences. Two preparations at once do the work twice and agree on one result.
-    Raises DataError for a corpus, tokenizer or cache that cannot be used, ResourceError on a full disk.
+    ``progress`` is given sentences. Of two preparations at once the second waits for the first. Raises
+    DataError for a corpus, tokenizer or cache that cannot be used, ResourceError on a full disk, Stopped once
+    ``stopped`` says so; after the last two the same call goes on where it was.
     """
     say = progress or (lambda sentence: None)
     if options.source in ("instructions", "preferences"):
@@ -56,30 +56,63 @@ def prepare(
         return prepare_examples(options, tokenizer, seq_len, say)
     corpus = open_corpus(options)
     given, identity = _given_tokenizer(options)
-    decides = [FORMAT, corpus.fingerprint(), identity, options.val_fraction]
+    clean = options.clean.model_dump(exclude_defaults=True)
+    decides = [FORMAT, corpus.fingerprint(), identity, options.val_fraction, *([clean] if clean else [])]
     folder = cache_folder(options) / "tokens" / hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    if folder.exists():
+    if not _is_whole(folder, say):
         try:
-            TokenStore(folder)
-        except DataError as error:
-            say(f"{error}; it is built again")
-        else:
-            return TokenStore(folder, options.weights)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(folder.parent)
+            _prepare_folder(folder, corpus, given, options, say, stopped)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceError(
+                    f"{folder.parent}: the disk is full; make room and repeat the command, which goes on "
+                    "from here, or set data.cache"
+                ) from None
+            reason = f"cannot be written ({error.strerror})"
+            raise DataError(f"{folder.parent}: {reason}; set data.cache") from None
+    return TokenStore(folder, options.weights, options.document_mask)
+
+
+def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
+    if not folder.exists():
+        return False
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-        with _locked(building):
-            try:
-                _build(building, corpus, given or _trained_tokenizer(options, corpus, say), options, say)
-                _put_in_place(building, folder)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{folder.parent}: the disk is full; make room or set data.cache") from None
-        raise DataError(f"{folder.parent}: cannot be written ({error.strerror}); set data.cache") from None
-    return TokenStore(folder, options.weights)
+        TokenStore(folder)
+    except DataError as error:
+        say(f"{error}; it is built again")
+        return False
+    return True
+
+
+def _prepare_folder(
+    folder: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer | None,
+    options: DataOptions,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> None:
+    """Build a store beside ``folder``, or finish building it, and give it that name."""
+    building = folder.with_name(f".building-{folder.name}")
+    building.mkdir(exist_ok=True)
+    with _locked(building, say):
+        # Who held the lock before may have finished: then there is nothing left to do, and nothing to rename.
+        if _is_whole(folder, lambda sentence: None):
+            with suppress(OSError):
+                building.rmdir()
+            return
+        building.mkdir(exist_ok=True)
+        try:
+            _build(building, corpus, tokenizer, options, say, stopped)
+        except DataError:  # another corpus will have another name: nobody would go on with this
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        if folder.exists():  # damaged
+            shutil.rmtree(folder)
+        os.rename(building, folder)
+        sync_directory(folder.parent)
 
 
 def _given_tokenizer(options: DataOptions) -> tuple[Tokenizer | None, list[Any]]:
@@ -104,143 +137,62 @@ def _trained_tokenizer(options: DataOptions, corpus: Corpus, say: Callable[[str]
 
 
 def _build(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, options: DataOptions, say: Callable[[str], None]
+    folder: Path,
+    corpus: Corpus,
+    given: Tokenizer | None,
+    options: DataOptions,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool],
 ) -> None:
     """Write every file of a token store; ``meta.json``, which makes it one, comes last."""
-    tokenizer.save(folder / "tokenizer.json")
+    trained = folder / "tokenizer.json"
+    tokenizer = given or (Tokenizer.load(trained) if trained.exists() else None)
+    tokenizer = tokenizer or _trained_tokenizer(options, corpus, say)
+    tokenizer.save(trained)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    shards: list[Shard] = []
-    notes = list(corpus.notes)
-    for domain in corpus.domains():
-        file = _file_name(domain, {shard.file.lower() for shard in shards})
-        documents = corpus.documents(domain)
-        shard = _write_shard(folder / file, domain, documents, tokenizer, dtype, options.val_fraction)
-        if shard.tokens:
-            shards.append(shard)
-            say(f"{domain}: {shard.tokens:,} tokens from {shard.documents:,} documents")
-        else:
-            (folder / file).unlink()
-            notes.append(f"domain {domain} holds no text and is left out")
-    if not shards:
+    journal = write_shards(folder, corpus, tokenizer, options, dtype, say, stopped)
+    if not journal.done:
         raise DataError(f"{corpus.describe()}: there is no text in it")
+    notes = list(corpus.notes)
+    notes += [f"domain {domain} holds no text and is left out" for domain in journal.empty]
     if corpus.left_out:
         notes.append(corpus.describe())
+    remove_leftovers(folder, journal)
     meta = {
         "format": FORMAT,
         "dtype": dtype,
-        "tokenizer_sha256": sha256_of(folder / "tokenizer.json"),
+        "tokenizer_sha256": sha256_of(trained),
         "val_fraction": options.val_fraction,
         "notes": notes,
-        "domains": [asdict(shard) for shard in shards],
+        "domains": journal.done,
     }
-    with (folder / "meta.json").open("w", encoding="utf-8", newline="\n") as out:
-        json.dump({**meta, "checksum": checksum_of(meta)}, out, indent=1)
-        _sync(out)
-    os.chmod(folder, 0o755)  # a temporary folder is private, a cache may be shared
-    sync_directory(folder)
-
-
-def _write_shard(
-    path: Path,
-    domain: str,
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    dtype: str,
-    val_fraction: float,
-) -> Shard:
-    digest, tokens = hashlib.sha256(), 0
-    ends, sizes = array("q"), array("q")  # per document: tokens up to its end, bytes of its text
-    with path.open("wb") as out:
-        for texts in _batches(documents):
-            try:
-                encoded = tokenizer.encode_batch(texts)
-            except DataError as error:
-                where = f"documents {len(ends) + 1} to {len(ends) + len(texts)}"
-                raise DataError(f"domain {domain}, {where}: {error}") from None
-            for text, ids in zip(texts, encoded, strict=True):
-                whole = ids if tokenizer.eos_id is None else np.append(ids, tokenizer.eos_id)
-                block = whole.astype(dtype).tobytes()
-                out.write(block)
-                digest.update(block)
-                tokens += len(whole)
-                ends.append(tokens)
-                sizes.append(len(text.encode("utf-8")))
-        _sync(out)
-    train = int(tokens * (1 - val_fraction))
-    whole_documents = bisect_right(ends, train)
-    start = ends[whole_documents - 1] if whole_documents else 0
-    part = np.fromfile(path, dtype, count=train - start, offset=start * np.dtype(dtype).itemsize)
-    train_bytes = min(sum(sizes[:whole_documents]) + tokenizer.byte_length(part), sum(sizes))
-    return Shard(
-        domain, path.name, digest.hexdigest(), len(ends), tokens, train, train_bytes, sum(sizes) - train_bytes
-    )
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """Texts by the million characters: enough for the library's threads, little for the memory."""
-    texts: list[str] = []
-    size = 0
-    for document in documents:
-        texts.append(document.text)
-        size += len(document.text)
-        if size >= _BATCH_CHARS:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
-
-
-def _file_name(domain: str, taken: set[str]) -> str:
-    """A name that every file system accepts; ``taken`` holds those in use, in lower case."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", domain).lstrip(".")[:80] or "domain"
-    names = (f"{safe}{suffix}.bin" for suffix in ["", *(f"-{n}" for n in range(2, len(taken) + 3))])
-    return next(name for name in names if name.lower() not in taken)
-
-
-def _put_in_place(building: Path, folder: Path) -> None:
-    """Give a finished store its name. One that is already there stays, unless it is damaged.
-
-    One process at a time: of two that saw the same damaged store, the second would put away what the first
-    has just put in its place.
-    """
-    with _locked(folder.parent) as parent:
-        if folder.exists():
-            try:
-                TokenStore(folder)
-            except DataError:
-                aside = tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent)
-                os.rename(folder, aside)
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
-                return
-        os.rename(building, folder)
-        os.fsync(parent)
+    os.chmod(folder, 0o755)  # a cache may be shared
+    write_atomic(folder / "meta.json", json.dumps({**meta, "checksum": checksum_of(meta)}, indent=1))
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool = True) -> Iterator[int]:
-    """Hold the lock of a folder, which the kernel drops with the process; yields its descriptor.
-
-    Raises BlockingIOError where another holds it and ``wait`` is False.
-    """
+def _locked(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock of a folder, which the kernel drops with the process. Waits for another's, and says so;
+    without ``say``, raises BlockingIOError instead."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if say is None:
+                raise
+            say("another process is preparing this text; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what preparations that were killed have left; those that live hold their folder's lock."""
-    for path in [*cache.glob(".building-*"), *cache.glob(".damaged-*")]:
-        # One that has just been made may not be locked yet; one that is gone was another's to remove.
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > 60:
-                with _locked(path, wait=False):
+    """Remove what interrupted preparations have left that nobody went on with; those that live hold their
+    folder's lock."""
+    for path in cache.glob(".building-*"):
+        with suppress(OSError):  # one that is gone was another's to remove
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                with _locked(path):
                     shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

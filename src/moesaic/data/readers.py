@@ -1,4 +1,5 @@
-"""Texts out of files: plain text, JSON lines, Parquet. A reader is a function and a line in ``READERS``."""
+"""Rows and texts out of files (plain text, JSON lines, Parquet) and of datasets on the Hub. A reader is a
+function and a line in ``READERS``."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -129,3 +130,28 @@ def read_texts(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
     Raises DataError that names the file and the line or row.
     """
     yield from READERS.get(path.suffix.lower(), _read_text)(path, field, max_line_bytes)
+
+
+def hub_rows(
+    name: str, config: str | None, split: str, revision: str | None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a dataset on the Hub as they come over the network, each with where it stands. Raises
+    DataError."""
+    datasets, row = hub_library(f"dataset {name}"), 0
+    try:
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        for row, values in enumerate(rows, 1):
+            yield f"{name}: row {row}", values
+    except DataError:
+        raise
+    except Exception as error:  # the network, the Hub and the formats raise whatever they like
+        raise DataError(f"dataset {name}: cannot be read after row {row}: {error}") from error
+
+
+def hub_library(what: str) -> Any:
+    """The library ``datasets``. Raises DataError where it is not installed."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{what} needs datasets: pip install 'moesaic[hub]'") from None
+    return datasets

@@ -19,9 +19,10 @@ from moesaic.errors import DataError
 if TYPE_CHECKING:  # torch is imported where tensors are made: preparing data does not need it
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 IGNORED = -100  # the target that torch's cross-entropy leaves out by default
 Split = Literal["train", "val"]
+_TOLD = ("domain", "file", "sha256", "documents", "tokens", "train_tokens", "train_bytes", "val_bytes")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Shard:
     train_tokens: int
     train_bytes: int
     val_bytes: int
+    ends: str  # the file that says where each document ends, int64, in tokens
+    ends_sha256: str
+    dropped: dict[str, int]  # documents left out (cleaning.py), by reason
 
 
 class Windows(NamedTuple):
@@ -98,14 +102,19 @@ class TokenStore:
     ``notes`` holds sentences about what was left out, and grows when a draw leaves out more.
     ``fingerprint`` tells the same tokens, from whatever file and in whatever cache, from all others.
     ``weights`` are the domains' shares of the training windows; not given, every position is as likely.
+    ``document_mask`` numbers the documents of each window, so that attention stops at their borders.
     """
 
-    def __init__(self, folder: Path, weights: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, folder: Path, weights: dict[str, float] | None = None, document_mask: bool = False
+    ) -> None:
         """Open and check a store that ``prepare`` wrote. Raises DataError for a damaged file, and for weights
         of other domains."""
         self.folder = folder
         meta = _read_meta(folder)
-        self.fingerprint = checksum_of({"tokenizer": meta["tokenizer_sha256"], "shards": meta["domains"]})
+        # Of what is trained on, so that it stays the same when a store learns to say more.
+        told = [{key: entry[key] for key in _TOLD} for entry in meta["domains"]]
+        self.fingerprint = checksum_of({"tokenizer": meta["tokenizer_sha256"], "shards": told})
         _check_file(folder / "tokenizer.json", meta["tokenizer_sha256"])
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.shards = [Shard(**entry) for entry in meta["domains"]]
@@ -115,12 +124,15 @@ class TokenStore:
             raise DataError(f"data.weights: {odd[0]!r} is in the weights or in the corpus, but not in both")
         if weights is not None:
             self.fingerprint = checksum_of({"tokens": self.fingerprint, "weights": weights})
+        if document_mask:
+            self.fingerprint = checksum_of({"tokens": self.fingerprint, "document_mask": True})
         self._weight_D = None if weights is None else np.array([weights[d] for d in self.domains])
         self.notes: list[str] = meta["notes"]
         self.train_tokens = sum(shard.train_tokens for shard in self.shards)
         self.val_tokens = sum(shard.tokens - shard.train_tokens for shard in self.shards)
         self._train: list[NDArray[Any]] = []
         self._val: list[NDArray[Any]] = []
+        self._ends: list[NDArray[np.int64]] | None = [] if document_mask else None
         self._starts: dict[int, NDArray[np.int64]] = {}
         for shard in self.shards:
             path = folder / shard.file
@@ -128,6 +140,10 @@ class TokenStore:
             ids = np.asarray(np.memmap(path, meta["dtype"], mode="r"))
             self._train.append(ids[: shard.train_tokens])
             self._val.append(ids[shard.train_tokens :])
+            ends = folder / shard.ends
+            _check_file(ends, shard.ends_sha256, shard.documents * 8)
+            if self._ends is not None:
+                self._ends.append(np.asarray(np.memmap(ends, np.int64, mode="r")))
 
     def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
         """Random windows of the training part.
@@ -139,10 +155,24 @@ class TokenStore:
         import torch
 
         domain_B, start_B = self._draw(seed, step, batch_size, seq_len)
-        pairs = zip(domain_B.tolist(), start_B.tolist(), strict=True)
+        pairs = list(zip(domain_B.tolist(), start_B.tolist(), strict=True))
         rows = np.stack([self._train[domain][start : start + seq_len + 1] for domain, start in pairs])
         window_BT1 = torch.from_numpy(rows.astype(np.int64))
-        return Windows(window_BT1[:, :-1].contiguous(), window_BT1[:, 1:].contiguous(), None)
+        document = None if self._ends is None else np.stack([self._documents(*p, seq_len) for p in pairs])
+        return Windows(
+            window_BT1[:, :-1].contiguous(),
+            window_BT1[:, 1:].contiguous(),
+            document_BT=None if document is None else torch.from_numpy(document),
+        )
+
+    def _documents(self, domain: int, start: int, size: int) -> NDArray[np.int64]:
+        """The number of the document, from 1, that each of ``size`` tokens from ``start`` belongs to."""
+        assert self._ends is not None
+        ends = self._ends[domain]
+        first, last = np.searchsorted(ends, [start, start + size - 1], side="right")
+        inside = ends[first : last + 1]
+        within: NDArray[np.int64] = np.searchsorted(inside, np.arange(start, start + size), side="right")
+        return within + np.int64(1 + first)
 
     def _draw(
         self, seed: int, step: int, batch_size: int, seq_len: int
@@ -193,24 +223,29 @@ class TokenStore:
             raise self._too_short("validation", self._val, seq_len, "larger")
         if domain is not None and len(parts[domain]) < 2:
             raise DataError(f"domain {domain} has a single validation token; make data.val_fraction larger")
-        return self._windows(self._val if domain is None else [parts[domain]], batch_size, seq_len)
+        chosen = range(len(self.domains)) if domain is None else [self.domains.index(domain)]
+        return self._windows(list(chosen), batch_size, seq_len)
 
-    @staticmethod
-    def _windows(parts: list[NDArray[Any]], batch_size: int, seq_len: int) -> Iterator[Windows]:
+    def _windows(self, domains: list[int], batch_size: int, seq_len: int) -> Iterator[Windows]:
         import torch
 
-        places = [(ids, start) for ids in parts for start in range(0, len(ids) - 1, seq_len)]
+        places = [(d, start) for d in domains for start in range(0, len(self._val[d]) - 1, seq_len)]
         for first in range(0, len(places), batch_size):
             rows = places[first : first + batch_size]
             input_BT = np.zeros((len(rows), seq_len), np.int64)
             target_BT = np.full((len(rows), seq_len), IGNORED, np.int64)
-            for row, (ids, start) in enumerate(rows):
-                window = ids[start : start + seq_len + 1]
-                input_BT[row, : len(window) - 1] = window[:-1]
-                target_BT[row, : len(window) - 1] = window[1:]
+            document_BT = np.zeros((len(rows), seq_len), np.int64)
+            for row, (domain, start) in enumerate(rows):
+                window = self._val[domain][start : start + seq_len + 1]
+                size = len(window) - 1
+                input_BT[row, :size], target_BT[row, :size] = window[:-1], window[1:]
+                if self._ends is not None:
+                    whole = self.shards[domain].train_tokens + start
+                    document_BT[row, :size] = self._documents(domain, whole, size)
             real_BT = target_BT != IGNORED
             real = None if real_BT.all() else torch.from_numpy(real_BT)
-            yield Windows(torch.from_numpy(input_BT), torch.from_numpy(target_BT), real)
+            document = None if self._ends is None else torch.from_numpy(document_BT)
+            yield Windows(torch.from_numpy(input_BT), torch.from_numpy(target_BT), real, document)
 
     def bytes_per_token(self, split: Split, domain: str | None = None) -> float:
         """UTF-8 bytes of text per token, end-of-document tokens included, in one domain or in all.

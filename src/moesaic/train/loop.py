@@ -43,7 +43,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     with RunLock(run), Interrupt() as interrupt:
         log, finished = Logger(run, recipe, console), False
         try:
-            session = build_session(recipe, log.say)
+            session = build_session(recipe, log.say, lambda: interrupt.requested)
             create(run, recipe)  # only now: bad data leaves no half-made run behind
             progress = _start(session, run, log)
             log.start_tracker(progress.step)

@@ -110,8 +110,9 @@ class Recipe(Options):
                 "train.accumulate: kto measures an answer against the others of its part of the batch; leave "
                 "two pairs or more in each"
             )
-        if self.data.pack and self.model.conv:
-            raise ValueError("data.pack: model.conv looks across the borders of packed examples; set it to 0")
+        if (self.data.pack or self.data.document_mask) and self.model.conv:
+            key = "pack" if self.data.pack else "document_mask"
+            raise ValueError(f"data.{key}: model.conv looks across the borders of documents; set it to 0")
         router = self.model.router
         if self.model.moe_layers and router.top_k == 1 and router.weights_sum_to_one:
             raise ValueError(
@@ -159,7 +160,7 @@ def _forget_old_source(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) 
     """Where an override chooses another source of data, drop what the recipe says for its own alone."""
     data, source = table.get("data"), dict(pairs).get("data.source")
     if isinstance(data, dict) and source is not None and source != data.get("source", "stdlib"):
-        own = ("join", "pack", "template", "path", "weights", "field")
+        own = ("join", "pack", "template", "path", "weights", "field", "clean", "document_mask")
         for key in [key for key in data if key in own or key.startswith("dataset")]:
             del data[key]
 

@@ -124,13 +124,16 @@ class Session:
             raise CheckpointError(f"{directory}: is not a checkpoint of this recipe ({reason})") from None
 
 
-def build_session(recipe: Recipe, say: Callable[[str], None]) -> Session:
-    """Prepare the data, then build and seed the model; prints what is frozen through ``say``."""
+def build_session(
+    recipe: Recipe, say: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
+) -> Session:
+    """Prepare the data, then build and seed the model; prints what is frozen through ``say``. Raises Stopped
+    once ``stopped`` says so while text is prepared."""
     keep_freed_memory()
     if recipe.data.source == "preferences" and recipe.start is None:
         raise RecipeError("preferences are learnt by a model that exists, their reference: say start = MODEL")
     device = _device(recipe)
-    store = prepare(recipe.data, seq_len=recipe.train.seq_len, progress=say)
+    store = prepare(recipe.data, seq_len=recipe.train.seq_len, progress=say, stopped=stopped)
     # A corpus shorter than the window is refused here, not after the model has been built.
     store.batch(recipe.seed, 1, 1, recipe.train.seq_len)
     next(store.validation(1, recipe.train.seq_len))
