@@ -92,9 +92,10 @@ def loading(folder: Path) -> None:
             train_step(session, step)
             steps.append(time.perf_counter() - started - batches[-1])
         batch, whole = statistics.median(batches[2:]), statistics.median(steps[2:])
+        share = 100 * batch / whole
         print(
-            f"olmoe-nano, document_mask = {mask}: a batch takes {batch * 1e3:.2f} ms, a step {whole * 1e3:.0f} "
-            f"ms: {100 * batch / whole:.2f} %"
+            f"olmoe-nano, document_mask = {mask}: a batch takes {batch * 1e3:.2f} ms, "
+            f"a step {whole * 1e3:.0f} ms: {share:.2f} %"
         )
 
 

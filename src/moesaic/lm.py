@@ -18,6 +18,7 @@ from moesaic.errors import CheckpointError, DataError, RecipeError
 from moesaic.generate import SampleOptions, stream
 from moesaic.machine import keep_freed_memory, multiplies_bf16
 from moesaic.model.config import ModelConfig
+from moesaic.model.lora import LoRAOptions, add_lora, merge_lora
 from moesaic.model.packed import Layout, pack
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.native import library
@@ -176,18 +177,21 @@ def load(directory: str | Path, device: str = "cpu", *, as_stored: bool = False)
     config = validate(ModelConfig, about["model"], where=str(path / "moesaic.json"))
     with torch.device("meta"):
         model = LanguageModel(config)
+        if "lora" in about:
+            add_lora(model, validate(LoRAOptions, about["lora"], where=str(path / "moesaic.json")))
     model.to_empty(device=device)
     if config.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     try:
         model.load_state_dict(tensors)
-        if as_stored:
+        if as_stored and "lora" not in about:  # a sum of the two is not to be rounded
             for name, parameter in model.named_parameters():
                 parameter.data = parameter.data.to(tensors[name].dtype)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise CheckpointError(f"{path}: model.safetensors does not fit moesaic.json: {reason}") from None
+    merge_lora(model)  # a run keeps matrices and changes apart; whoever opens it sees their sum
     stop = frozenset(about.get("stop_ids", []))
     return LM(config, model.eval(), Tokenizer.load(path / "tokenizer.json"), path, stop)
 

@@ -18,6 +18,7 @@ from moesaic.config import Options
 from moesaic.model.dispatch import Dispatch
 from moesaic.model.dropout import kept
 from moesaic.model.grouped import fill, groups
+from moesaic.model.low_rank import ExpertAdapter, low_rank
 from moesaic.native.rows import Stack
 from moesaic.native.rows import experts as few_experts
 
@@ -131,6 +132,7 @@ class Experts(nn.Module):
         inner = self.first_matrix.shape[1]
         self.up_bias = nn.Parameter(torch.empty(e, inner)) if options.bias else None
         self.down_bias = nn.Parameter(torch.empty(e, width)) if options.bias else None
+        self.adapter: ExpertAdapter | None = None  # see lora.py
 
     @property
     def first_matrix(self) -> nn.Parameter:
@@ -152,7 +154,8 @@ class Experts(nn.Module):
         first, down, up_bias, down_bias = self.first_matrix, self.down_proj, self.up_bias, self.down_bias
         device = x_TD.device.type
         dtype = self._compute_dtype(device)
-        if not torch.is_grad_enabled() and dispatch.rows.few(first) and not dropout:
+        plain = not dropout and self.adapter is None
+        if plain and not torch.is_grad_enabled() and dispatch.rows.few(first):
             stacks = Stack(first, up_bias), Stack(down, down_bias)
             rows = dispatch.rows
             return few_experts(x_TD, dispatch.order_R, weight_TK, *stacks, rows, self.kind).to(dtype)
@@ -168,6 +171,7 @@ class Experts(nn.Module):
                 dispatch,
                 self.kind,
                 None if mask_RD is None else mask_RD.to(dtype).mul_(1 / (1 - dropout)),
+                *((None,) * 4 if self.adapter is None else self.adapter.matrices(dtype)),
             )
         return out
 
@@ -197,7 +201,9 @@ class _ExpertFFN(torch.autograd.Function):
         dispatch: Dispatch,
         kind: FFNKind,
         mask_RD: Tensor | None,
+        *factors: Tensor | None,
     ) -> Tensor:
+        first_change, down_change = low_rank(*factors[:2]), low_rank(*factors[2:])
         R = len(dispatch.order_R)
         z_RG, y_RD = x_TD.new_empty(R, first_EGD.shape[1]), x_TD.new_empty(R, x_TD.shape[1])
         weight_R1 = dispatch.weight_R(weight_TK).to(x_TD.dtype)[:, None]
@@ -205,20 +211,28 @@ class _ExpertFFN(torch.autograd.Function):
             rows = group.rows
             x = x_TD.index_select(0, dispatch.token_R[rows])
             z = group.products(x, first_EGD.mT, up_bias_EG, z_RG[rows])
+            if first_change is not None:
+                first_change.add(group, x, z)
             if kind in ("relu", "relu2"):
                 z.relu_()  # all that forward and backward need of it, and no second buffer
             a = z if kind == "relu" else activate(z, kind)
-            group.products(a, down_EDH.mT, down_bias_ED, y_RD[rows]).mul_(weight_R1[rows])
+            y = group.products(a, down_EDH.mT, down_bias_ED, y_RD[rows])
+            if down_change is not None:
+                down_change.add(group, a, y)
+            y *= weight_R1[rows]
         if mask_RD is not None:
             y_RD *= mask_RD
-        ctx.save_for_backward(x_TD, weight_TK, z_RG, first_EGD, down_EDH, down_bias_ED, mask_RD)
+        ctx.save_for_backward(x_TD, weight_TK, z_RG, first_EGD, down_EDH, down_bias_ED, mask_RD, *factors)
         ctx.dispatch, ctx.kind = dispatch, kind
         return dispatch.combine(y_RD)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_TK, z_RG, first_EGD, down_EDH, down_bias_ED, mask_RD = ctx.saved_tensors
+        x_TD, weight_TK, z_RG, first_EGD, down_EDH, down_bias_ED, mask_RD, *factors = ctx.saved_tensors
+        first_change, down_change = low_rank(*factors[:2]), low_rank(*factors[2:])
+        d_first_change = None if first_change is None else first_change.empty_like()
+        d_down_change = None if down_change is None else down_change.empty_like()
         need_x, need_weight, need_first, need_up_bias, need_down, need_down_bias = ctx.needs_input_grad[:6]
         dispatch, kind = ctx.dispatch, ctx.kind
         weight_R1 = dispatch.weight_R(weight_TK).to(x_TD.dtype)[:, None]
@@ -239,6 +253,8 @@ class _ExpertFFN(torch.autograd.Function):
                 dy *= mask_RD[rows]
             a = z if kind == "relu" else activate(z, kind)
             da = group.products(dy, down_EDH)
+            if down_change is not None:
+                down_change.add_back(group, dy, da)
             if need_weight:
                 d_weight_R[rows] = (da * a).sum(-1, dtype=exact)
                 if down_bias_ED is not None:
@@ -246,16 +262,25 @@ class _ExpertFFN(torch.autograd.Function):
             dy *= weight_1
             if d_down is not None:
                 group.outer_products(dy, a, d_down)
+            if down_change is not None and d_down_change is not None:
+                down_change.write_gradients(group, dy, a, d_down_change)
             if d_down_bias is not None:
                 group.sums(dy, d_down_bias)
             dz = activate_backward(da, z, kind)  # the weight still to come
             if d_up_bias is not None:
                 group.outer_products(dz, weight_1, d_up_bias[..., None])
-            if d_first is not None:
-                x = x_TD.index_select(0, dispatch.token_R[rows])
-                group.outer_products(dz, x.mul_(weight_1), d_first)
+            if d_first is not None or first_change is not None:
+                x = x_TD.index_select(0, dispatch.token_R[rows]).mul_(weight_1)
+                if d_first is not None:
+                    group.outer_products(dz, x, d_first)
+                if first_change is not None and d_first_change is not None:
+                    first_change.write_gradients(group, dz, x, d_first_change)
             if dx_RD is not None:
-                group.products(dz, first_EGD, None, dx_RD[rows]).mul_(weight_1)
+                dx = group.products(dz, first_EGD, None, dx_RD[rows])
+                if first_change is not None:
+                    first_change.add_back(group, dz, dx)
+                dx *= weight_1
         dx_TD = None if dx_RD is None else dispatch.combine(dx_RD)
         d_weight_TK = dispatch.weight_gradient(d_weight_R) if need_weight else None
-        return dx_TD, d_weight_TK, d_first, d_up_bias, d_down, d_down_bias, None, None, None
+        of_factors = (*(d_first_change or (None, None)), *(d_down_change or (None, None)))
+        return dx_TD, d_weight_TK, d_first, d_up_bias, d_down, d_down_bias, None, None, None, *of_factors

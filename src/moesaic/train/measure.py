@@ -135,8 +135,7 @@ def too_large(recipe: Recipe) -> bool:
     memory = total_memory()
     if memory is None or recipe.model.vocab_size is None:  # its size is known when its data is
         return False
-    partly = recipe.train.freeze or recipe.train.only  # what is frozen has weights alone
-    return (4 if partly else 16) * recipe.model.parameters().total > memory
+    return recipe.bytes_per_parameter() * recipe.model.parameters().total > memory
 
 
 def plan(recipe: Recipe, cluster: Cluster | None) -> Report:
@@ -150,7 +149,7 @@ def plan(recipe: Recipe, cluster: Cluster | None) -> Report:
     counts = config.parameters()
     tokens = options.batch_size * options.seq_len * (2 if recipe.data.source == "preferences" else 1)
     flops = 3 * tokens * config.flops_per_token(options.seq_len) * options.steps
-    state = 16 * counts.total  # float32 weights, gradients and two moments
+    state = recipe.bytes_per_parameter() * counts.total
     if cluster is None:
         memory, share, where = total_memory() or 0, 0.5, "this machine, at half of its bf16 matmul rate"
         rate = matmul_rate(torch.bfloat16)

@@ -12,6 +12,7 @@ from moesaic.data.corpora import DataOptions
 from moesaic.errors import RecipeError
 from moesaic.lm import described
 from moesaic.model.config import ModelConfig
+from moesaic.model.lora import LoRAOptions
 from moesaic.model.routers import ROUTERS
 from moesaic.train.objectives import LossOptions
 from moesaic.train.optim import OptimOptions, ScheduleOptions
@@ -24,7 +25,8 @@ class TrainOptions(Options):
     One step sees ``batch_size`` windows of ``seq_len`` tokens in ``accumulate`` equal parts.
     ``precision = "auto"`` is bf16 where the processor multiplies it in hardware, else fp32; the
     weights and the optimizer stay fp32 either way. ``freeze`` names parameters by pattern
-    (``model.layers.*.mlp.experts.*``); ``only`` trains nothing but what it names. ``on_nan`` says what
+    (``model.layers.*.mlp.experts.*``); ``only`` trains nothing but what it names; ``lora`` trains low-rank
+    changes (model/lora.py) and, of all else, what ``only`` names. ``on_nan`` says what
     a loss that is not finite does: ``stop`` the run, ``skip`` that batch, or ``rollback`` to the last
     checkpoint and pass over that batch.
     """
@@ -39,6 +41,7 @@ class TrainOptions(Options):
     log_every: int = Field(10, ge=1)
     freeze: list[str] = Field([])
     only: list[str] = Field([])
+    lora: LoRAOptions | None = None
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
 
     @model_validator(mode="after")
@@ -110,6 +113,8 @@ class Recipe(Options):
                 "train.accumulate: kto measures an answer against the others of its part of the batch; leave "
                 "two pairs or more in each"
             )
+        if self.train.lora is not None and self.start is None:
+            raise ValueError("train.lora changes a model that exists: say start = MODEL")
         if (self.data.pack or self.data.document_mask) and self.model.conv:
             key = "pack" if self.data.pack else "document_mask"
             raise ValueError(f"data.{key}: model.conv looks across the borders of documents; set it to 0")
@@ -121,6 +126,13 @@ class Recipe(Options):
                 "without renormalize"
             )
         return self
+
+    def bytes_per_parameter(self) -> int:
+        """Of weights, gradients and one or two moments, all float32; at least: of what is frozen, only the
+        weights."""
+        if self.train.freeze or self.train.only or self.train.lora:
+            return 4
+        return 16 if self.optim.kind == "adamw" else 12
 
 
 def builtin_recipes() -> dict[str, Path]:

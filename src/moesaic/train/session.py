@@ -19,6 +19,7 @@ from moesaic.files import human_size
 from moesaic.lm import load
 from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
 from moesaic.model.config import ModelConfig
+from moesaic.model.lora import add_lora
 from moesaic.model.transformer import LanguageModel
 from moesaic.train.objectives import Batch, Objective, objective_of
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
@@ -96,6 +97,7 @@ class Session:
                     "step": step,
                     "model": config,
                     **({"stop_ids": sorted(self.stop_ids)} if self.stop_ids else {}),
+                    **({"lora": lora.model_dump(mode="json")} if (lora := self.recipe.train.lora) else {}),
                 }
             },
             files={
@@ -127,7 +129,7 @@ class Session:
 def build_session(
     recipe: Recipe, say: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
 ) -> Session:
-    """Prepare the data, then build and seed the model; prints what is frozen through ``say``. Raises Stopped
+    """Prepare the data, then build and seed the model; prints what trains through ``say``. Raises Stopped
     once ``stopped`` says so while text is prepared."""
     keep_freed_memory()
     if recipe.data.source == "preferences" and recipe.start is None:
@@ -152,9 +154,12 @@ def build_session(
     torch.manual_seed(recipe.seed)
     with torch.device("cpu" if recipe.start is None else "meta"):
         model = LanguageModel(config)
-    freeze(model, recipe, say)
+    freeze(model, recipe)
     begun = None if recipe.start is None else _take_weights(model, recipe, device)
+    if recipe.train.lora is not None:
+        add_lora(model, recipe.train.lora)
     model.to(device)
+    _say_what_trains(model, recipe, say)
     session = Session(
         recipe=recipe,
         store=store,
@@ -232,10 +237,7 @@ def _check_memory(config: ModelConfig, recipe: Recipe, device: str) -> None:
     memory = total_memory()
     if device != "cpu" or memory is None:
         return
-    # Weights, gradients and one or two moments, all float32; what is frozen has only weights.
-    partly = recipe.train.freeze or recipe.train.only
-    copies = 1 if partly else 4 if recipe.optim.kind == "adamw" else 3
-    needed = 4 * copies * config.parameters().total
+    needed = recipe.bytes_per_parameter() * config.parameters().total
     if needed > memory:
         raise ResourceError(
             f"training this model takes at least {human_size(needed)} of memory and this machine has "
@@ -243,8 +245,8 @@ def _check_memory(config: ModelConfig, recipe: Recipe, device: str) -> None:
         )
 
 
-def freeze(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Freeze parameters by name pattern and print what trains.
+def freeze(model: nn.Module, recipe: Recipe) -> None:
+    """Freeze parameters by name pattern; with LoRA all but those that ``train.only`` names.
 
     Raises RecipeError for a pattern that matches nothing, or when nothing is left to train.
     """
@@ -256,13 +258,17 @@ def freeze(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> None
                 raise RecipeError(f"{key}: {pattern!r} matches no parameter; names look like {example}")
     for name, parameter in named.items():
         frozen = any(fnmatchcase(name, p) for p in recipe.train.freeze)
-        if recipe.train.only:
+        if recipe.train.only or recipe.train.lora:
             frozen = frozen or not any(fnmatchcase(name, p) for p in recipe.train.only)
         parameter.requires_grad_(not frozen)
-    trained = sum(p.numel() for p in named.values() if p.requires_grad)
-    if not trained:
+    if recipe.train.lora is None and not any(p.requires_grad for p in named.values()):
         raise RecipeError("train.freeze and train.only leave nothing to train")
-    if recipe.train.freeze or recipe.train.only:
+
+
+def _say_what_trains(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> None:
+    named = dict(model.named_parameters())
+    if recipe.train.freeze or recipe.train.only or recipe.train.lora:
+        trained = sum(p.numel() for p in named.values() if p.requires_grad)
         say(f"trains {trained:,} of {sum(p.numel() for p in named.values()):,} parameters:")
         for row in _freeze_table(named):
             say("  " + row)
