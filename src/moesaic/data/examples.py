@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moesaic.data import epochs
 from moesaic.data.chat import ChatTemplate, load_template
 from moesaic.data.corpora import DataOptions, files_by_domain
+from moesaic.data.epochs import taken
 from moesaic.data.instructions import read_examples, split_key, tokens_of, which_held_out
 from moesaic.data.store import IGNORED, Split, Windows, generator_of
 from moesaic.data.tokenizers import Tokenizer
@@ -23,6 +25,7 @@ from moesaic.errors import DataError
 
 Ids = NDArray[np.int32]
 Coded = tuple[Ids, NDArray[np.bool_]]  # and which of them are to be learnt
+Choice = tuple[int, int, bool]  # an example, another, and whether to join halves of both
 
 
 @dataclass
@@ -44,8 +47,8 @@ class Domain:
 
 
 class ExampleStore:
-    """Examples for the one loop (see ``Store``). A batch draws from all training examples alike; a domain's
-    share of them is its share of batches."""
+    """Examples for the one loop (see ``Store``). All training examples come once, in an order made of the
+    seed, before any comes again (epochs.py); a domain's share of them is its share of batches."""
 
     def __init__(
         self,
@@ -60,38 +63,72 @@ class ExampleStore:
         self.fingerprint, self.notes = fingerprint, notes
         self.train_tokens = sum(shard.train_tokens for shard in shards)
         self._train = [example for shard in shards for example in shard.train]
+        self._plans: dict[tuple[int, int, int], list[list[Choice]]] = {}
 
     @property
     def domains(self) -> list[str]:
         return [shard.domain for shard in self.shards]
 
     def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
-        """Examples drawn with replacement, each from its beginning, cut to ``seq_len``; some are half of one
+        """The next examples of the epoch, each from its beginning, cut to ``seq_len``; some are half of one
         and then half of another (``data.join``), if both halves have something to learn; a row is one, or is
         filled up with more (``data.pack``)."""
-        generator = generator_of(seed, step)
         if self.pack:
-            return packed([self._row(generator, seq_len) for _ in range(batch_size)], seq_len)
-        drawn = generator.integers(0, len(self._train), (batch_size, 2))
-        joined = generator.random(batch_size) < self.join
-        return padded([self._example(*pair, seq_len) for pair in zip(drawn, joined, strict=True)], seq_len)
+            first = batch_size * (max(step, 1) - 1)
+            rows = [self._packed_row(seed, first + n, seq_len) for n in range(batch_size)]
+            return packed([self._filled(row, seq_len) for row in rows], seq_len)
+        generator = generator_of(seed, step)
+        first_B = taken(seed, step, batch_size, len(self._train))
+        second_B = generator.integers(0, len(self._train), batch_size)
+        joined_B = generator.random(batch_size) < self.join
+        choices = zip(first_B.tolist(), second_B.tolist(), joined_B.tolist(), strict=True)
+        return padded([self._example(*choice, seq_len) for choice in choices], seq_len)
 
-    def _row(self, generator: np.random.Generator, seq_len: int) -> list[Coded]:
-        """Examples until there is no room for more."""
-        row: list[Coded] = []
+    def rows_per_epoch(self, seed: int, seq_len: int) -> int:
+        """Examples, or the rows that the first epoch's are packed into."""
+        return len(self._plan(seed, 0, seq_len)) if self.pack else len(self._train)
+
+    def _packed_row(self, seed: int, number: int, seq_len: int) -> list[Choice]:
+        """A row of all epochs' rows laid end to end."""
+        epoch = 0
+        while number >= len(plan := self._plan(seed, epoch, seq_len)):
+            number, epoch = number - len(plan), epoch + 1
+        return plan[number]
+
+    def _plan(self, seed: int, epoch: int, seq_len: int) -> list[list[Choice]]:
+        """The rows of one epoch: examples in its order, as many to a row as it has room for. What would teach
+        nothing in the room that is left begins the next row."""
+        known = self._plans.get((seed, epoch, seq_len))
+        if known is not None:
+            return known
+        size, generator = len(self._train), epochs.generator(seed, epoch)
+        rows: list[list[Choice]] = [[]]
         room = seq_len
-        while room > 0:
-            pair = generator.integers(0, len(self._train), 2)
-            ids, learnt = self._example(pair, generator.random() < self.join, seq_len)
-            if row and not learnt[1 : room + 1].any():  # what is left of it would teach nothing
-                break
-            row.append((ids[: room + 1], learnt[: room + 1]))
-            room -= len(row[-1][0]) - 1
-        return row
+        second, joined = generator.integers(0, size, size), generator.random(size) < self.join
+        for number in epochs.order(seed, epoch, size).tolist():
+            choice = number, int(second[number]), bool(joined[number])
+            ids, learnt = self._example(*choice, seq_len)
+            if rows[-1] and not learnt[1 : room + 1].any():
+                rows.append([])
+                room = seq_len
+            rows[-1].append(choice)
+            room -= min(len(ids) - 1, room)
+        self._plans[seed, epoch, seq_len] = rows
+        return rows
 
-    def _example(self, pair: NDArray[np.int64], both: bool, seq_len: int) -> Coded:
-        first: Coded = self._train[pair[0]]
-        second: Coded = self._train[pair[1]]
+    def _filled(self, row: list[Choice], seq_len: int) -> list[Coded]:
+        """The examples of a row, the last cut to the room that is left."""
+        parts: list[Coded] = []
+        room = seq_len
+        for choice in row:
+            ids, learnt = self._example(*choice, seq_len)
+            parts.append((ids[: room + 1], learnt[: room + 1]))
+            room -= len(parts[-1][0]) - 1
+        return parts
+
+    def _example(self, number: int, other: int, both: bool, seq_len: int) -> Coded:
+        first: Coded = self._train[number]
+        second: Coded = self._train[other]
         if both and fits_in_half(first, seq_len) and fits_in_half(second, seq_len):
             first = join_examples(first, second, seq_len)
         return first

@@ -2,7 +2,7 @@
 
 A row holds ``prompt`` (turns, or the user's words), ``chosen`` and ``rejected`` (a turn of the assistant, or
 its words); or ``chosen`` and ``rejected`` are whole conversations with the same beginning (UltraFeedback).
-Only the last answer is learnt. Pairs are drawn with replacement, as examples are.
+Only the last answer is learnt. All pairs come once before any comes again, as examples do.
 
 Shape suffixes: P pairs, B = 2 P rows, the chosen answer of a pair before its rejected one.
 """
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from moesaic.data.chat import PLAIN_TEMPLATE, ChatTemplate, Message
 from moesaic.data.corpora import DataOptions, files_by_domain
+from moesaic.data.epochs import taken
 from moesaic.data.examples import Coded, padded, template_of
 from moesaic.data.instructions import which_held_out
 from moesaic.data.readers import read_rows
-from moesaic.data.store import Split, Windows, generator_of
+from moesaic.data.store import Split, Windows
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError
 
@@ -71,8 +72,11 @@ class PreferenceStore:
 
     def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
         """``batch_size`` pairs, which are twice as many rows."""
-        drawn = generator_of(seed, step).integers(0, len(self.pairs["train"]), batch_size)
-        return self.windows("train", drawn.tolist())
+        return self.windows("train", taken(seed, step, batch_size, len(self.pairs["train"])).tolist())
+
+    def rows_per_epoch(self, seed: int, seq_len: int) -> int:
+        """Pairs: a step's ``batch_size`` counts these."""
+        return len(self.pairs["train"])
 
     def windows(self, split: Split, numbers: list[int]) -> Windows:
         """Some pairs as rows, with what the reference gives them."""

@@ -87,6 +87,10 @@ class Store(Protocol):
         """The training batch of a step, which depends on the arguments alone."""
         ...
 
+    def rows_per_epoch(self, seed: int, seq_len: int) -> int:
+        """How many rows of batches show all of it once, or as many tokens as it has."""
+        ...
+
     def validation(self, batch_size: int, seq_len: int, domain: str | None = None) -> Iterator[Windows]:
         """What is held out, in order, each token that is predicted once."""
         ...
@@ -173,6 +177,10 @@ class TokenStore:
         inside = ends[first : last + 1]
         within: NDArray[np.int64] = np.searchsorted(inside, np.arange(start, start + size), side="right")
         return within + np.int64(1 + first)
+
+    def rows_per_epoch(self, seed: int, seq_len: int) -> int:
+        """Windows with as many tokens as there are to train on."""
+        return max(1, self.train_tokens // seq_len)
 
     def _draw(
         self, seed: int, step: int, batch_size: int, seq_len: int

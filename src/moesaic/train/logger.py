@@ -95,7 +95,6 @@ class Logger:
     live_every, plain_every = 0.1, 10.0  # seconds
 
     def __init__(self, run: Path, recipe: Recipe, console: Console | None = None) -> None:
-        self.steps = recipe.train.steps
         self.console = console or Console(file=sys.stderr)
         self.run = run
         self.files: dict[str, IO[str]] = {}
@@ -151,16 +150,18 @@ class Logger:
     def due(self, step: int) -> bool:
         """Whether to show progress now: a terminal's line lives, a pipe gets one in a while."""
         since = time.monotonic() - self.last_shown
-        return step == self.steps or since >= (self.live_every if self.in_terminal else self.plain_every)
+        return step == self.recipe.train.steps or since >= (
+            self.live_every if self.in_terminal else self.plain_every
+        )
 
     def progress(self, step: int, loss: float, tokens_per_second: float, balance: float | None) -> None:
         """Show where training is."""
         now = self.last_shown = time.monotonic()
         self.pace = [*self.pace[-49:], (now, step)]
         (then, first), (last, latest) = self.pace[0], self.pace[-1]
-        eta = (last - then) / (latest - first) * (self.steps - step) if latest > first else None
+        eta = (last - then) / (latest - first) * (self.recipe.train.steps - step) if latest > first else None
         parts = [
-            f"step {step}/{self.steps}",
+            f"step {step}/{self.recipe.train.steps}",
             f"loss {loss:.4f}",
             f"{tokens_per_second:,.0f} tokens/s",
             f"ETA {_clock(eta)}",

@@ -44,6 +44,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         log, finished = Logger(run, recipe, console), False
         try:
             session = build_session(recipe, log.say, lambda: interrupt.requested)
+            recipe = log.recipe = session.recipe  # whose epochs have become steps
             create(run, recipe)  # only now: bad data leaves no half-made run behind
             progress = _start(session, run, log)
             log.start_tracker(progress.step)

@@ -97,6 +97,7 @@ def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False)
     if resume:
         check_same_run(stored_recipe(where), recipe, where)
     session = build_session(recipe, say)
+    recipe = session.recipe  # whose epochs have become steps
     cost = measure(session)
     check_room(where, cost.disk_bytes)
     config, store = session.model.config, session.store
@@ -158,6 +159,7 @@ def plan(recipe: Recipe, cluster: Cluster | None) -> Report:
         where = f"{cluster.gpus} GPUs of {cluster.tflops:g} TFLOP/s, {cluster.mfu:g} of that reached"
         rate = cluster.gpus * cluster.tflops * 1e12
     seconds = flops / (rate * share)
+    checkpoint = max(4, recipe.bytes_per_parameter() - 4) * counts.total  # all but gradients
     fits = "fits" if state < memory else "does NOT fit"
     rows = [
         ("parameters", f"{counts.total:,} in all, {counts.active:,} active per token"),
@@ -165,10 +167,10 @@ def plan(recipe: Recipe, cluster: Cluster | None) -> Report:
         ("floating point", f"{flops:.3g} operations"),
         (
             "memory",
-            f"{human_size(state)} weights, gradients and AdamW in float32, without activations; {fits} in "
-            f"{human_size(memory)}",
+            f"{human_size(state)} in float32, without activations: weights, and gradients and moments of "
+            f"what trains; {fits} in {human_size(memory)}",
         ),
-        ("checkpoint", f"{human_size(12 * counts.total)}, {recipe.checkpoint.keep} of them kept"),
+        ("checkpoint", f"{human_size(checkpoint)}, {recipe.checkpoint.keep} of them kept"),
         ("time", f"{_duration(seconds)} on {where}"),
     ]
     numbers = {"parameters": counts.total, "active": counts.active, "tokens": tokens * options.steps}

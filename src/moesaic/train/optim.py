@@ -41,25 +41,27 @@ class OptimOptions(Options):
 
 
 class ScheduleOptions(Options):
-    """The factor on every learning rate: linear warm-up over ``warmup`` steps, then ``kind``.
+    """The factor on every learning rate: linear warm-up over ``warmup`` steps (below 1: over that share of
+    all), then ``kind``.
 
     ``cosine`` and ``linear`` fall to ``final`` at the last step; ``wsd`` stays at 1 and falls
     linearly over the last ``decay_fraction`` of the steps (warmup–stable–decay, arXiv 2404.06395).
     """
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    warmup: int = Field(0, ge=0)
+    warmup: float = Field(0, ge=0)
     final: float = Field(0.0, ge=0, le=1)
     decay_fraction: float = Field(0.2, gt=0, le=1)
 
 
 def schedule_factor(options: ScheduleOptions, step: int, steps: int) -> float:
     """The factor for the update that makes step ``step`` (counted from 1) of ``steps``."""
-    if step <= options.warmup:
-        return step / options.warmup
+    warmup = round(options.warmup if options.warmup >= 1 else options.warmup * steps)
+    if step <= warmup:
+        return step / warmup
     if options.kind == "constant":
         return 1.0
-    start = options.warmup
+    start = warmup
     if options.kind == "wsd":
         start = max(start, round(steps * (1 - options.decay_fraction)))
     progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
@@ -217,6 +219,27 @@ def load_optimizer_tensors(
         parameter = parameters[name]
         # A clone: what a checkpoint gives are maps of its files, which pruning will remove.
         owner[parameter].state[parameter][key] = tensor.to(parameter.device).clone()
+
+
+def missing_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> str | None:
+    """The name of a parameter whose optimizer has not the state, or not of the shape, that it keeps once it
+    has made a step; None where all have."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        wanted = _STATE[type(optimizer)]
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            state = optimizer.state.get(parameter, {})
+            shapes = {value.shape for key, value in state.items() if key != "step"}
+            if set(state) != wanted or shapes != {parameter.shape}:
+                return names[parameter]
+    return None
+
+
+_STATE: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.RMSprop: {"step", "square_avg"},
+    Muon: {"momentum_buffer"},
+}
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:

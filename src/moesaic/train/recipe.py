@@ -22,8 +22,9 @@ from moesaic.weights.checkpoint import CheckpointOptions
 class TrainOptions(Options):
     """How long, in what pieces and in which precision.
 
-    One step sees ``batch_size`` windows of ``seq_len`` tokens in ``accumulate`` equal parts.
-    ``precision = "auto"`` is bf16 where the processor multiplies it in hardware, else fp32; the
+    One step sees ``batch_size`` windows of ``seq_len`` tokens in ``accumulate`` equal parts. ``epochs``,
+    where given, decides ``steps``: so often all conversations or pairs are seen, or as many tokens as the
+    text has. ``precision = "auto"`` is bf16 where the processor multiplies it in hardware, else fp32; the
     weights and the optimizer stay fp32 either way. ``freeze`` names parameters by pattern
     (``model.layers.*.mlp.experts.*``); ``only`` trains nothing but what it names; ``lora`` trains low-rank
     changes (model/lora.py) and, of all else, what ``only`` names. ``on_nan`` says what
@@ -32,6 +33,7 @@ class TrainOptions(Options):
     """
 
     steps: int = Field(1000, ge=1)
+    epochs: float | None = Field(None, gt=0)
     batch_size: int = Field(16, ge=1)
     seq_len: int = Field(256, ge=1)
     accumulate: int = Field(1, ge=1)
@@ -77,6 +79,8 @@ class Recipe(Options):
     # A model to start from: a run, an export or a Hugging Face directory. Its settings are model's, its
     # tokenizer is data's, where this recipe does not say otherwise.
     start: str | None = None
+    # Whether its optimizer goes on too, as in OLMoE's annealing; start is then a run, or a checkpoint of one.
+    start_optimizer: bool = False
     tracker: Literal["none", "tensorboard", "mlflow"] = "none"
     data: DataOptions = DataOptions()
     model: ModelConfig = ModelConfig()
@@ -113,8 +117,6 @@ class Recipe(Options):
                 "train.accumulate: kto measures an answer against the others of its part of the batch; leave "
                 "two pairs or more in each"
             )
-        if self.train.lora is not None and self.start is None:
-            raise ValueError("train.lora changes a model that exists: say start = MODEL")
         if (self.data.pack or self.data.document_mask) and self.model.conv:
             key = "pack" if self.data.pack else "document_mask"
             raise ValueError(f"data.{key}: model.conv looks across the borders of documents; set it to 0")
@@ -177,6 +179,13 @@ def _forget_old_source(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) 
             del data[key]
 
 
+def _forget_epochs(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
+    """Where an override says how many steps, the recipe's epochs do not."""
+    train, said = table.get("train"), dict(pairs)
+    if isinstance(train, dict) and "train.steps" in said and "train.epochs" not in said:
+        train.pop("epochs", None)
+
+
 def _begin_from(table: dict[str, Any], start: str, has_tokenizer: bool) -> None:
     """Take what a recipe leaves open from the model that it starts from."""
     config, tokenizer = described(start)
@@ -218,5 +227,6 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, resume: bool = Fals
         _begin_from(table, start, "data.tokenizer" in dict(pairs))
     _forget_old_router(table, pairs)
     _forget_old_source(table, pairs)
+    _forget_epochs(table, pairs)
     table = apply_overrides(table, pairs)
     return validate(Recipe, table, where=path.stem if path.parent.name == "recipes" else str(path))

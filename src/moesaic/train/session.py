@@ -1,5 +1,6 @@
 """Everything a run is made of, built from its recipe: data, model, optimizers, objective."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from moesaic.data.pretrain import prepare
 from moesaic.data.store import Store
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import human_size
-from moesaic.lm import load
 from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.lora import add_lora
@@ -25,10 +25,9 @@ from moesaic.train.objectives import Batch, Objective, objective_of
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
 from moesaic.train.recipe import Recipe
 from moesaic.train.references import add_reference
-from moesaic.weights.carried import TEMPLATE, carried_files
+from moesaic.train.start import carried_along, take_optimizer, take_weights
 from moesaic.weights.checkpoint import read_checkpoint
 from moesaic.weights.contents import Contents
-from moesaic.weights.shards import real_file
 
 
 @dataclass
@@ -132,10 +131,11 @@ def build_session(
     """Prepare the data, then build and seed the model; prints what trains through ``say``. Raises Stopped
     once ``stopped`` says so while text is prepared."""
     keep_freed_memory()
-    if recipe.data.source == "preferences" and recipe.start is None:
-        raise RecipeError("preferences are learnt by a model that exists, their reference: say start = MODEL")
+    if recipe.start is None:
+        _check_needs_no_model(recipe)
     device = _device(recipe)
     store = prepare(recipe.data, seq_len=recipe.train.seq_len, progress=say, stopped=stopped)
+    recipe = _with_steps(recipe, store)
     # A corpus shorter than the window is refused here, not after the model has been built.
     store.batch(recipe.seed, 1, 1, recipe.train.seq_len)
     next(store.validation(1, recipe.train.seq_len))
@@ -155,20 +155,23 @@ def build_session(
     with torch.device("cpu" if recipe.start is None else "meta"):
         model = LanguageModel(config)
     freeze(model, recipe)
-    begun = None if recipe.start is None else _take_weights(model, recipe, device)
+    begun = None if recipe.start is None else take_weights(model, recipe, _in_bf16(recipe, device))
     if recipe.train.lora is not None:
         add_lora(model, recipe.train.lora)
     model.to(device)
     _say_what_trains(model, recipe, say)
+    optimizers = build_optimizers(model, recipe.optim)
+    if recipe.start_optimizer:
+        take_optimizer(model, optimizers, str(recipe.start))
     session = Session(
         recipe=recipe,
         store=store,
         model=model,
-        optimizers=build_optimizers(model, recipe.optim),
+        optimizers=optimizers,
         objective=objective_of(recipe.loss),
         device=device,
         trainable=[p for p in model.parameters() if p.requires_grad],
-        carried=_carried(recipe, begun),
+        carried=carried_along(recipe, begun),
         stop_ids=frozenset() if begun is None else begun.stop_ids,
     )
     if isinstance(store, PreferenceStore):  # the reference is the model as it is now
@@ -176,54 +179,24 @@ def build_session(
     return session
 
 
-@dataclass(frozen=True)
-class Begun:
-    """What is kept of the model that a run starts from, besides its weights."""
-
-    path: Path
-    stop_ids: frozenset[int]
-
-
-def _carried(recipe: Recipe, begun: Begun | None) -> dict[str, bytes]:
-    """What belongs to a model besides weights and tokenizer: its chat template above all."""
-    files = {} if begun is None else carried_files(begun.path)
-    template = None if recipe.data.template is None else Path(recipe.data.template).expanduser()
-    if template is not None:
-        files |= (
-            carried_files(template) if template.is_dir() else {TEMPLATE: real_file(template).read_bytes()}
-        )
-    return files
+def _check_needs_no_model(recipe: Recipe) -> None:
+    """Refuse what only means something for a model that exists."""
+    if recipe.data.source == "preferences":
+        raise RecipeError("preferences are learnt by a model that exists, their reference: say start = MODEL")
+    if recipe.train.lora is not None:
+        raise RecipeError("train.lora changes a model that exists: say start = MODEL")
+    if recipe.start_optimizer:
+        raise RecipeError("start_optimizer is that of a run that exists: say start = RUN")
 
 
-def _take_weights(model: LanguageModel, recipe: Recipe, device: str) -> Begun:
-    """Give ``model``, which has no storage yet, the weights of the model that the recipe starts from.
-
-    All become float32, but for frozen experts that lie in bfloat16 where products are made in it: they would
-    be rounded back to what they were for every product, and eight experts of SmolLM2-135M are 2.5 GB in
-    float32."""
-    begun = load(str(recipe.start), as_stored=True)
-    if model.config.tied and not begun.config.tied:
-        raise RecipeError(
-            f"start = {recipe.start}: its embeddings and head are two matrices; leave model.tied out"
-        )
-    stored = begun.model.state_dict()
-    if begun.config.tied and not model.config.tied:  # one matrix becomes two
-        stored["lm_head.weight"] = stored["lm_head.weight"].clone()
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    in_bf16 = _in_bf16(recipe, device)
-    for name, tensor in stored.items():
-        kept = in_bf16 and ".mlp.experts." in name and name not in trains and tensor.dtype == torch.bfloat16
-        stored[name] = tensor if kept or not tensor.is_floating_point() else tensor.float()
-    try:
-        model.load_state_dict(stored, assign=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise RecipeError(f"start = {recipe.start}: model.* makes another model of it: {reason}") from None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trains)
-    if model.config.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return Begun(begun.path, begun.stop_ids)
+def _with_steps(recipe: Recipe, store: Store) -> Recipe:
+    """The recipe with as many steps as its epochs take, where it counts in epochs."""
+    options = recipe.train
+    if options.epochs is None:
+        return recipe
+    rows = store.rows_per_epoch(recipe.seed, options.seq_len)
+    steps = max(1, math.ceil(options.epochs * rows / options.batch_size))
+    return recipe.model_copy(update={"train": options.model_copy(update={"steps": steps})})
 
 
 def _in_bf16(recipe: Recipe, device: str) -> bool:
