@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.data.build import BuildOptions, build, build_recipe, builtin_recipe
+from moesaic.data.build import BuildOptions, build, build_recipe, builtin_mixes
 from moesaic.data.corpora import DataOptions
 from moesaic.data.instructions import read_examples
 from moesaic.data.pretrain import prepare
@@ -182,7 +182,32 @@ def test_the_eight_roles_come_along() -> None:
     assert (options.local, options.seed) == ("copies", 3)
     roles = {"actor", "analyst", "coder", "encyclopedia", "guardian", "summarizer", "thinker", "writer"}
     assert {source.domain for source in options.source} == roles
-    assert builtin_recipe().exists()
+
+
+def test_olmoes_sources_come_along_with_the_columns_that_they_have(tmp_path: Path) -> None:
+    options = build_recipe("olmoe-sft", [f"local={tmp_path / 'copies'}"])
+    assert list(builtin_mixes()) == ["olmoe-sft", "roles"]
+    assert sum(source.rows for source in options.source) == 608_012  # arXiv 2409.02060, table 3
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    shared = [{"from": "User", "value": "hello"}, {"from": "Assistant", "value": "hey"}]
+    columns: dict[str, dict[str, Any]] = {
+        "allenai/tulu-v2-sft-mixture": {"dataset": "flan", "id": "1", "messages": talk},
+        "HuggingFaceH4/no_robots": {"prompt": "hello", "messages": [*talk, *talk], "category": "Chat"},
+        "m-a-p/CodeFeedback-Filtered-Instruction": {"query": "sort", "answer": "sorted()", "lang": "python"},
+        "meta-math/MetaMathQA": {"query": "1+1?", "response": "2", "type": "GSM_Rephrased"},
+        "nvidia/Daring-Anteater": {"system": "", "mask": "User", "conversations": shared},
+    }
+    assert {source.dataset for source in options.source} == set(columns)
+    for name, row in columns.items():
+        jsonl(tmp_path / "copies" / name / "train.jsonl", [row])
+    build(options, tmp_path / "sft.jsonl", quiet)
+    written = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
+    by_domain = {row["domain"]: row for row in written}
+    assert set(by_domain) == {"tulu", "no_robots", "code", "math", "anteater"}
+    assert by_domain["anteater"]["messages"][1] == {"role": "assistant", "content": "hey"}
+    assert by_domain["math"]["output"] == "2"
+    examples = list(read_examples(tmp_path / "sft.jsonl"))
+    assert len(examples) == 5
 
 
 def test_random_text_says_that_it_teaches_nothing(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_builtin_recipes_are_plain_tables_of_known_keys() -> None:
         found = set()
         for key, value in table.items():
             found.add(prefix + key)
-            if isinstance(value, dict):
+            if isinstance(value, dict) and prefix + key not in known:
                 found |= keys(value, f"{prefix}{key}.")
         return found
 
@@ -240,6 +240,16 @@ def test_a_builtin_name_means_the_builtin_beside_a_folder_of_that_name(
 
 def test_olmoe_has_the_published_size_and_takes_the_published_time() -> None:
     recipe = load_recipe("olmoe-1b-7b")
+    tokens = {"dclm": 3860, "starcoder": 101, "pes2o": 57.2, "arxiv": 21.1, "wiki": 3.69}
+    tokens |= {"open_web_math": 12.7, "algebraic_stack": 12.6}  # in billions; arXiv 2409.02060, table 2
+    for given in (recipe, load_recipe("olmoe-1b-7b-anneal")):
+        assert isinstance(given.data.path, dict)
+        assert set(given.data.path) == set(given.data.weights or {}) == set(tokens)
+        for name, share in (given.data.weights or {}).items():
+            assert share == pytest.approx(tokens[name] / sum(tokens.values()), abs=2e-5)
+        assert given.data.clean.repeats == 32
+    other = load_recipe("olmoe-1b-7b", ['data.path={mine = "mine.txt"}']).data
+    assert (other.path, other.weights, other.clean.repeats) == ({"mine": "mine.txt"}, None, 32)
     counts = recipe.model.parameters()
     assert (counts.total, counts.active) == (6_919_161_856, 1_282_017_280)
     numbers = plan(recipe, Cluster(256)).numbers

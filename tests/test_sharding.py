@@ -157,6 +157,17 @@ def test_a_model_trains_on_masked_documents(tmp_path: Path) -> None:
     assert first["loss"] != second["loss"]
 
 
+def test_a_domain_that_loses_all_says_why(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("a sentence that is as it should be. ")
+    (tmp_path / "bad.txt").write_text("ha " * 300)
+    given = {"source": "files", "tokenizer": "byte", "cache": str(tmp_path), "clean": {"repeats": 32}}
+    bad, good = str(tmp_path / "bad.txt"), str(tmp_path / "good.txt")
+    store = prepare(DataOptions.model_validate({**given, "path": [good, bad]}))
+    assert store.notes == ["domain bad loses all of its documents: 1 repeat themselves"]
+    with pytest.raises(DataError, match=r"bad: data\.clean leaves nothing: 1 repeat themselves"):
+        prepare(DataOptions.model_validate({**given, "path": bad}))
+
+
 def test_cleaning_is_for_texts() -> None:
     with pytest.raises(RecipeError, match="clean and document_mask are for texts"):
         validate(DataOptions, {"source": "instructions", "path": "x", "clean": {"repeats": 32}}, "here")

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.arguments import AsJson, RecipeName, recipe_of
+from moesaic.errors import RecipeError
 from moesaic.terminal import print_rows, say
 
 
 def build(
     context: typer.Context,
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A data recipe: a TOML file, or roles, which comes along.")
+        str, typer.Argument(metavar="RECIPE", help="A data recipe: a TOML file, or roles or olmoe-sft.")
     ],
     target: Annotated[Path, typer.Option("--out", help="The JSONL to write; never overwritten.")] = Path(
         "roles.jsonl"
@@ -61,9 +62,14 @@ def prepare(context: typer.Context, recipe: RecipeName, as_json: AsJson = False)
     print_rows([*rows, ("all", f"{store.train_tokens:,} training tokens")], False, chosen.name)
 
 
-def show() -> None:
-    """Print the data recipe that comes along, to copy and change."""
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="roles or olmoe-sft.")] = "roles",
+) -> None:
+    """Print a data recipe that comes along, to copy and change."""
     from moesaic.config import read_text
-    from moesaic.data.build import builtin_recipe
+    from moesaic.data.build import builtin_mixes
 
-    typer.echo(read_text(builtin_recipe()), nl=False)
+    mixes = builtin_mixes()
+    if name not in mixes:
+        raise RecipeError(f"{name!r} is no data recipe; there are {', '.join(mixes)}")
+    typer.echo(read_text(mixes[name]), nl=False)

@@ -22,13 +22,18 @@ from pydantic import Field, model_validator
 
 from moesaic.config import Options, apply_overrides, parse_overrides, read_toml, validate
 from moesaic.data.corpora import matches
-from moesaic.data.readers import hub_rows, read_rows
+from moesaic.data.readers import format_of, hub_rows, read_rows
 from moesaic.errors import DataError, RecipeError
 from moesaic.files import explained, write_atomic
 
 _MOST_LINE = 64 * 2**20
 _LOOK = 20  # rows looked at for one that is taken, where a source does not say
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # no rows
+_ROLES = {
+    **{role: role for role in ("system", "user", "assistant")},
+    "human": "user",
+    "gpt": "assistant",
+}
 _SPLITS = ("train", "validation", "test")
 _PLACE = re.compile(r"\{(\w+(?:\.\w+)*)(?:\|(\w+))?\}")
 
@@ -40,8 +45,8 @@ class SourceOptions(Options):
 
     ``instruction``, ``input`` and ``output`` are texts with places such as ``{question}``, ``{table.header}``
     or ``{text|paragraph}`` (its first paragraph; ``|sentence`` its first sentence). Or ``messages`` names a
-    column of turns with role and content, or ``turns`` one of utterances, user and assistant in turn.
-    """
+    column of turns with role and content (or from and value), or ``turns`` one of utterances, user and
+    assistant in turn."""
 
     domain: str = Field(min_length=1)
     dataset: str | None = None  # on the Hub, as owner/name
@@ -98,14 +103,16 @@ class Taken:
     problem: str | None = None
 
 
-def builtin_recipe() -> Path:
-    """The data recipe of SmolMoE's eight roles, which comes along under the name ``roles``."""
-    return Path(str(resources.files("moesaic") / "data" / "roles.toml"))
+def builtin_mixes() -> dict[str, Path]:
+    """The data recipes that come along, by name: ``roles`` of SmolMoE's experts, ``olmoe-sft``."""
+    folder = resources.files("moesaic") / "data" / "mixes"
+    files = sorted(Path(str(file)) for file in folder.iterdir() if file.name.endswith(".toml"))
+    return {file.stem: file for file in files}
 
 
 def build_recipe(name: str, overrides: list[str]) -> BuildOptions:
     """A data recipe by file or built-in name. Raises RecipeError."""
-    path = builtin_recipe() if name == "roles" else Path(name)
+    path = builtin_mixes().get(name, Path(name))
     return validate(BuildOptions, apply_overrides(read_toml(path), parse_overrides(overrides)), str(path))
 
 
@@ -174,7 +181,7 @@ def _rows(source: SourceOptions, local: str | None) -> Iterable[tuple[str, Mappi
 def _files_of_copy(copy: Path, source: SourceOptions) -> list[Path]:
     """The files of a dataset's copy; where their paths tell configurations or splits apart, those asked for.
     Raises DataError."""
-    found = [f for f in sorted(copy.rglob("*")) if f.suffix.lower() in (".jsonl", ".parquet", ".json")]
+    found = [f for f in sorted(copy.rglob("*")) if format_of(f) in (".jsonl", ".parquet", ".json")]
     found = [f for f in found if f.name not in _ABOUT]
     if source.config and any(source.config in str(f.relative_to(copy)) for f in found):
         found = [f for f in found if source.config in str(f.relative_to(copy))]
@@ -208,14 +215,14 @@ def _row(source: SourceOptions, values: Mapping[str, Any], where: str) -> Row | 
 
 
 def _messages(turns: list[Any]) -> list[dict[str, str]]:
-    """Turns as they are, if each is one; else none."""
-    kept = [
-        {"role": turn["role"], "content": turn["content"]}
-        for turn in turns
-        if isinstance(turn, dict)
-        and turn.get("role") in ("system", "user", "assistant")
-        and isinstance(turn.get("content"), str)
-    ]
+    """Turns of role and content, or of from and value as ShareGPT has them, if each is one; else none."""
+    kept = []
+    for turn in turns:
+        if isinstance(turn, dict):
+            role = _ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+            content = turn.get("content", turn.get("value"))
+            if role and isinstance(content, str):
+                kept.append({"role": role, "content": content})
     return kept if kept and len(kept) == len(turns) and kept[-1]["role"] == "assistant" else []
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.data.chat import PLAIN_TEMPLATE, ChatTemplate, Message
-from moesaic.data.readers import read_rows, read_texts, text_of
+from moesaic.data.readers import format_of, read_rows, read_texts, text_of
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError
 
@@ -39,10 +39,10 @@ class Example:
 def read_examples(
     path: Path, domain: str | None = None, field: str = "text", max_line_bytes: int = _MOST_LINE
 ) -> Iterator[Example]:
-    """Every example of a file: JSON lines, or one plain text; ``field`` holds the text of a row that is no
-    conversation. With ``domain`` only those that belong to it: rows that say ``domain`` themselves may belong
-    to another, all else is its. Raises DataError naming file and line."""
-    if path.suffix.lower() not in (".jsonl", ".json"):
+    """Every example of a file: JSON lines, rows of Parquet, or one plain text; ``field`` holds the text of a
+    row that is no conversation. With ``domain`` only those that belong to it: rows that say ``domain``
+    themselves may belong to another, all else is its. Raises DataError naming file and line."""
+    if format_of(path) not in (".jsonl", ".json", ".parquet"):
         for text in read_texts(path, field, max_line_bytes):
             yield Example([], text, domain or path.stem, str(path))
         return

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from moesaic.data.corpora import Corpus, DataOptions, cache_folder, open_corpus
 from moesaic.data.examples import prepare_examples
 from moesaic.data.preferences import prepare_preferences
-from moesaic.data.sharding import remove_leftovers, write_shards
+from moesaic.data.sharding import reasons_of, remove_leftovers, write_shards
 from moesaic.data.store import FORMAT, Store, TokenStore, checksum_of, sha256_of
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError, ResourceError
@@ -152,9 +153,17 @@ def _build(
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     journal = write_shards(folder, corpus, tokenizer, options, dtype, say, stopped)
     if not journal.done:
-        raise DataError(f"{corpus.describe()}: there is no text in it")
+        left_out = reasons_of(dict(sum(map(Counter, journal.empty.values()), Counter[str]())))
+        why = f"data.clean leaves nothing: {left_out}" if left_out else "there is no text in it"
+        raise DataError(f"{corpus.describe()}: {why}")
     notes = list(corpus.notes)
-    notes += [f"domain {domain} holds no text and is left out" for domain in journal.empty]
+    for domain, dropped in journal.empty.items():
+        why = (
+            f"loses all of its documents: {reasons_of(dropped)}"
+            if dropped
+            else "holds no text and is left out"
+        )
+        notes.append(f"domain {domain} {why}")
     if corpus.left_out:
         notes.append(corpus.describe())
     remove_leftovers(folder, journal)

@@ -1,10 +1,14 @@
 """Rows and texts out of files (plain text, JSON lines, Parquet) and of datasets on the Hub. A reader is a
 function and a line in ``READERS``."""
 
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from moesaic.errors import DataError
 
@@ -12,7 +16,8 @@ from moesaic.errors import DataError
 def _read_text(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
     try:
         # Bytes, not text mode: newlines stay as they are and an error knows its offset.
-        yield path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        with opened(path) as file:
+            yield file.read().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
     except OSError as error:
@@ -31,12 +36,12 @@ def read_rows(path: Path, max_line_bytes: int) -> Iterator[tuple[str, dict[str, 
     Raises DataError with file and line for broken UTF-8 or JSON, a key given twice, a line above
     ``max_line_bytes`` (never read whole) and a row that is no object; and for a file without rows.
     """
-    if path.suffix.lower() == ".parquet":
+    if format_of(path) == ".parquet":
         yield from _parquet_rows(path)
         return
     offset, number, found = 0, 0, False
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             while line := file.readline(max_line_bytes + 1):
                 number += 1
                 where = f"{path}:{number}"
@@ -129,7 +134,45 @@ def read_texts(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
 
     Raises DataError that names the file and the line or row.
     """
-    yield from READERS.get(path.suffix.lower(), _read_text)(path, field, max_line_bytes)
+    yield from READERS.get(format_of(path), _read_text)(path, field, max_line_bytes)
+
+
+def format_of(path: Path) -> str:
+    """A file's ending in lower case, without that of its compression."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, which may be compressed (.gz, .zst). Raises OSError, and DataError for damage."""
+    if path.suffix.lower() not in _COMPRESSED:
+        with path.open("rb") as file:
+            yield file
+        return
+    stream, damage = _COMPRESSED[path.suffix.lower()](path)
+    try:
+        with stream:
+            yield stream
+    except damage as error:
+        raise DataError(f"{path}: damaged, or not compressed as its name says ({error})") from None
+
+
+Opened = tuple[IO[bytes], tuple[type[Exception], ...]]  # a stream, and what it raises where it is damaged
+
+
+def _open_gz(path: Path) -> Opened:
+    return cast(IO[bytes], gzip.open(path, "rb")), (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+def _open_zst(path: Path) -> Opened:
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(f"{path}: .zst needs zstandard: pip install 'moesaic[zstd]'") from None
+    return io.BufferedReader(zstandard.open(path, "rb")), (zstandard.ZstdError,)
+
+
+_COMPRESSED: dict[str, Callable[[Path], Opened]] = {".gz": _open_gz, ".zst": _open_zst}
 
 
 def hub_rows(

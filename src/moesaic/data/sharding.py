@@ -41,7 +41,9 @@ class Journal:
     reason."""
 
     done: list[dict[str, Any]] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)  # domains without text
+    empty: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # domains without text; why it was left out
     left_out: list[str] = field(default_factory=list)  # files that could not be read
     domain: str | None = None
     read: int = 0
@@ -99,7 +101,7 @@ def write_shards(
             journal.done.append(asdict(shard))
             say(f"{domain}: {shard.tokens:,} tokens from {shard.documents:,} documents{_left_out(shard)}")
         else:
-            journal.empty.append(domain)
+            journal.empty[domain] = journal.dropped
         journal.domain, journal.read = None, 0
         journal.write(folder)
     return journal
@@ -124,8 +126,12 @@ def _sizes_of(path: Path) -> Path:
 
 
 def _left_out(shard: Shard) -> str:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in shard.dropped.items())
-    return f"; left out: {reasons}" if reasons else ""
+    return f"; left out: {reasons_of(shard.dropped)}" if shard.dropped else ""
+
+
+def reasons_of(dropped: dict[str, int]) -> str:
+    """How many documents were left out for what reason, in words."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
 
 
 @dataclass

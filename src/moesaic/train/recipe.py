@@ -171,12 +171,17 @@ def _forget_old_router(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) 
 
 
 def _forget_old_source(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
-    """Where an override chooses another source of data, drop what the recipe says for its own alone."""
+    """Where an override chooses another source of data, or other files, drop what the recipe says for its own
+    alone."""
     data, source = table.get("data"), dict(pairs).get("data.source")
     if isinstance(data, dict) and source is not None and source != data.get("source", "stdlib"):
-        own = ("join", "pack", "template", "path", "weights", "field", "clean", "document_mask")
+        own = {"join", "pack", "template", "path", "weights", "field"}
+        if source in ("instructions", "preferences"):
+            own |= {"clean", "document_mask"}
         for key in [key for key in data if key in own or key.startswith("dataset")]:
             del data[key]
+    elif isinstance(data, dict) and "data.path" in dict(pairs):  # shares of other domains
+        data.pop("weights", None)
 
 
 def _forget_epochs(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
