@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesaic.analysis.answers import greedy_answers
 from moesaic.analysis.scoring import Pair, score
 from moesaic.analysis.tasks import local_tasks
 from moesaic.errors import DataError, RecipeError
@@ -105,14 +106,19 @@ def harness_model(lm: LM, say: Say) -> Any:
             return totals
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            answers = []
-            for request in requests:
-                context, options = request.args
+            answers = ["" for _ in requests]
+            alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}  # those that end by the same rule
+            for number, request in enumerate(requests):
+                options = request.args[1]
                 until = options.get("until") or []
                 most = min(int(options.get("max_gen_toks", _MOST_NEW)), self.max_length // 2)
-                ids = self.tok_encode(context)[-(self.max_length - most) :]
-                stop = [until] if isinstance(until, str) else list(until)
-                answers.append("".join(lm.stream(ids, most, stop=[text for text in stop if text])))
+                stop = (until,) if isinstance(until, str) else tuple(until)
+                alike.setdefault((most, stop), []).append(number)
+            for (most, stop), numbers in alike.items():
+                prompts = [self.tok_encode(requests[n].args[0]) for n in numbers]
+                found = greedy_answers(lm, prompts, self.max_length, most, stop)
+                for n, answer in zip(numbers, found, strict=True):
+                    answers[n] = answer
             return answers
 
     if lm.config.context <= _MOST_NEW:

@@ -99,12 +99,20 @@ class KVCache:
         self.length = 0
         self.capacity = capacity
 
-    def of_rows(self, row_R: Tensor) -> "KVCache":
-        """The same past for other rows: row r remembers what row ``row_R[r]`` of this one does."""
+    def of_rows(self, row_R: Tensor, capacity: int | None = None) -> "KVCache":
+        """The same past for other rows: row r remembers what row ``row_R[r]`` of this one does. It has room
+        for as many positions as this one, or for ``capacity``."""
         layers, _, kv_heads, _, head_dim = self.keys.shape
         before = None if self.before_LPBJD is None else self.before_LPBJD[:, :, row_R]
         other = KVCache(
-            layers, len(row_R), self.capacity, kv_heads, head_dim, self.keys.device, self.keys.dtype, before
+            layers,
+            len(row_R),
+            capacity or self.capacity,
+            kv_heads,
+            head_dim,
+            self.keys.device,
+            self.keys.dtype,
+            before,
         )
         other.keys[..., : self.length, :] = self.keys[:, row_R, :, : self.length]
         other.values[..., : self.length, :] = self.values[:, row_R, :, : self.length]
