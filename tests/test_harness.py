@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 import moesaic  # noqa: E402
 from moesaic import cli  # noqa: E402
-from moesaic.analysis.harness import evaluate_tasks, harness_model, rows_of  # noqa: E402
+from moesaic.analysis.harness import Suite, harness_model, rows_of  # noqa: E402
 from moesaic.analysis.scoring import score  # noqa: E402
 from moesaic.analysis.tasks import local_tasks  # noqa: E402
 from moesaic.data.tokenizers import Tokenizer  # noqa: E402
@@ -147,7 +147,9 @@ def test_local_tasks_score_as_with_the_hf_model(tmp_path: Path) -> None:
 
     directory, folder = olmoe(tmp_path / "olmoe", 2048), questions(tmp_path / "q")
     local = {"mmlu": folder, "gsm8k": folder / "gsm8k.jsonl"}
-    ours = evaluate_tasks([directory], [], local, None, None, quiet)[str(directory)]
+    suite = Suite([], local)
+    suite.check()
+    ours = suite.run(moesaic.load(directory), quiet)
     theirs = HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=4)
     configs = [config for name, path in local.items() for config in local_tasks(name, path, None)]
     found = lm_eval.simple_evaluate(model=theirs, tasks=configs, bootstrap_iters=0)["results"]
@@ -190,7 +192,7 @@ def test_the_command_compares_models(
 def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
     folder = questions(tmp_path / "q")
     with pytest.raises(RecipeError, match="is no task of lm-evaluation-harness"):
-        evaluate_tasks([tmp_path], ["no_such_task_at_all"], {}, None, None, quiet)
+        Suite(["no_such_task_at_all"]).check()
     with pytest.raises(RecipeError, match=r"--shots 9: .*mmlu_dev\.jsonl has 5"):
         local_tasks("mmlu", folder, None, 9)
     with pytest.raises(RecipeError, match="can be read from files"):

@@ -1,7 +1,8 @@
 """lm-evaluation-harness with our model in process: ``moesaic eval MODEL --tasks …``."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,57 +10,64 @@ from moesaic.analysis.answers import greedy_answers
 from moesaic.analysis.scoring import Pair, score
 from moesaic.analysis.tasks import local_tasks
 from moesaic.errors import DataError, RecipeError
-from moesaic.lm import LM, load
+from moesaic.lm import LM
 
 Say = Callable[[str], None]
+Results = dict[str, dict[str, float]]  # task -> metric -> value
+_QUIET_FOR = {"mininterval": 10.0, "delay": 10.0}  # seconds: a short task needs no bar
 _MOST_NEW = 256  # tokens of an answer, where a task does not say
 
 
-def evaluate_tasks(
-    models: Sequence[Path],
-    tasks: Sequence[str],
-    local: dict[str, Path],
-    shots: int | None,
-    limit: int | None,
-    say: Say,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """For every model, for every task, its metrics (and their standard errors) by name.
+@dataclass(frozen=True)
+class Suite:
+    """What to ask a model. ``tasks`` are the harness's own, whose data comes from the hub; ``local`` are read
+    from files (tasks.py). ``shots`` examples are shown, as many as a task says where None; ``limit``
+    questions at most are asked of each."""
 
-    ``tasks`` are the harness's own, whose data comes from the hub; ``local`` are read from files
-    (analysis/tasks.py). Raises RecipeError for a task that is not known, DataError where its data cannot be
-    had."""
-    lm_eval = _lm_eval()
-    from lm_eval.tasks import TaskManager
+    tasks: Sequence[str] = ()
+    local: Mapping[str, Path] = field(default_factory=dict)
+    shots: int | None = None
+    limit: int | None = None
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager()
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise RecipeError(
-            f"--tasks {unknown[0]}: is no task of lm-evaluation-harness; `lm-eval ls tasks` lists them"
-        )
-    wanted: list[Any] = list(tasks)
-    for name, path in local.items():
-        wanted += local_tasks(name, path, limit, shots)
-    results = {}
-    for path in models:
-        say(f"evaluating {path}")
-        model = harness_model(load(path), say)
+    def check(self) -> None:
+        """Raises RecipeError for a task that is not known, DataError for files that cannot be read."""
+        _lm_eval()
+        from lm_eval.tasks import TaskManager
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        manager = TaskManager() if self.tasks else None
+        unknown = [name for name in self.tasks if manager and not manager.match_tasks([name])]
+        if unknown:
+            raise RecipeError(
+                f"--tasks {unknown[0]}: is no task of lm-evaluation-harness; `lm-eval ls tasks` lists them"
+            )
+        for name, path in self.local.items():
+            local_tasks(name, path, self.limit, self.shots)
+
+    def run(self, lm: LM, say: Say) -> Results:
+        """For every task its metrics and their standard errors by name. Raises as ``check``, and DataError
+        where data cannot be fetched."""
+        lm_eval = _lm_eval()
+        from lm_eval.tasks import TaskManager
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        wanted: list[Any] = list(self.tasks)
+        for name, path in self.local.items():  # the harness changes what it is given
+            wanted += local_tasks(name, path, self.limit, self.shots)
         try:
             found = lm_eval.simple_evaluate(
-                model=model,
+                model=harness_model(lm, say),
                 tasks=wanted,
-                num_fewshot=shots,
-                limit=limit,
+                num_fewshot=self.shots,
+                limit=self.limit,
                 bootstrap_iters=0,
                 log_samples=False,
-                task_manager=manager,
+                task_manager=TaskManager(),
             )
         except (ConnectionError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"--tasks: data cannot be fetched ({reason}); --local reads files") from None
-        results[str(path)] = _metrics(found["results"], found.get("n-samples", {}))
-    return results
+        return _metrics(found["results"], found.get("n-samples", {}))
 
 
 def harness_model(lm: LM, say: Say) -> Any:
@@ -68,6 +76,7 @@ def harness_model(lm: LM, say: Say) -> Any:
     _lm_eval()
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
 
     class Moesaic(TemplateLM):  # type: ignore[misc]
         """What the harness asks of a model."""
@@ -89,7 +98,8 @@ def harness_model(lm: LM, say: Say) -> Any:
             self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
             pairs: list[Pair] = [(context, rest) for _, context, rest in requests]
-            found = score(lm.model, pairs, self.max_length)
+            with tqdm(total=len(pairs), desc="log-likelihoods", **_QUIET_FOR) as bar:
+                found = score(lm.model, pairs, self.max_length, bar.update)
             return [(one.logprob, one.greedy) for one in found]
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -116,7 +126,8 @@ def harness_model(lm: LM, say: Say) -> Any:
                 alike.setdefault((most, stop), []).append(number)
             for (most, stop), numbers in alike.items():
                 prompts = [self.tok_encode(requests[n].args[0]) for n in numbers]
-                found = greedy_answers(lm, prompts, self.max_length, most, stop)
+                with tqdm(total=len(prompts), desc="answers", **_QUIET_FOR) as bar:
+                    found = greedy_answers(lm, prompts, self.max_length, most, stop, bar.update)
                 for n, answer in zip(numbers, found, strict=True):
                     answers[n] = answer
             return answers
@@ -126,7 +137,7 @@ def harness_model(lm: LM, say: Say) -> Any:
     return Moesaic()
 
 
-def rows_of(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, list[str]]]:
+def rows_of(results: Mapping[str, Results]) -> list[tuple[str, list[str]]]:
     """A row for every task and metric, a column for every model; MMLU's subjects also as their mean."""
     names = list(dict.fromkeys(task for found in results.values() for task in found))
     rows = []
@@ -135,7 +146,7 @@ def rows_of(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, 
             m for found in results.values() for m in found.get(task, {}) if "stderr" not in m
         )
         for metric in metrics:
-            if metric == "samples":
+            if metric in ("samples", "tokens"):
                 continue
             cells = []
             for found in results.values():
@@ -146,7 +157,7 @@ def rows_of(results: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, 
     return rows
 
 
-def _metrics(found: dict[str, Any], counts: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _metrics(found: dict[str, Any], counts: dict[str, Any]) -> Results:
     """The harness's ``acc,none`` and ``acc_stderr,none`` as plain names; MMLU's subjects together as
     ``mmlu``."""
     tasks: dict[str, dict[str, float]] = {}

@@ -26,29 +26,57 @@ def eval_model(
         int | None, typer.Option(min=0, help="Examples shown; as the task says if not given.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions at most of each task.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE: text or conversations of your own that were held out; may be given again."
+        ),
+    ] = None,
+    answers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --data: answer conversations in so many tokens; exact match."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure models by lm-evaluation-harness, with ours in process: moesaic eval MODEL --tasks
-    arc_easy,piqa."""
-    from moesaic.analysis.harness import evaluate_tasks, rows_of
+    """Measure models, ours in process: moesaic eval MODEL --tasks arc_easy,piqa, or --data code=code.txt."""
+    from moesaic.analysis.harness import Suite, rows_of
+    from moesaic.analysis.held_out import OwnData
+    from moesaic.lm import load
 
-    files = {}
-    for word in local or []:
-        name, equals, path = word.partition("=")
-        if not equals or name in files:
-            raise RecipeError(f"--local {word}: write mmlu=FOLDER or gsm8k=FILE, each once")
-        files[name] = Path(path).expanduser()
-    names = [name for name in tasks.split(",") if name]
-    if not names and not files:
-        raise RecipeError("give --tasks NAME,NAME or --local mmlu=FOLDER")
-    results = evaluate_tasks(models, names, files, shots, limit, say)
+    suite = Suite(
+        [name for name in tasks.split(",") if name], _named("--local", local, "mmlu=FOLDER"), shots, limit
+    )
+    own = OwnData(_named("--data", data, "NAME=FILE"), limit, answers)
+    if not (suite.tasks or suite.local or own.files):
+        raise RecipeError("give --tasks NAME,NAME, --local mmlu=FOLDER or --data NAME=FILE")
+    if answers is not None and not own.files:
+        raise RecipeError("--answers is about the conversations of --data: give that too")
+    if suite.tasks or suite.local:
+        suite.check()
+    results = {}
+    for path in models:
+        say(f"evaluating {path}")
+        lm = load(path)
+        found = suite.run(lm, say) if suite.tasks or suite.local else {}
+        results[str(path)] = {**found, **own.run(lm, say)}
     if as_json:
         typer.echo(json.dumps(results))
         return
     table = Table(box=None, title="evaluation", title_justify="left", title_style="bold")
     table.add_column("task")
-    for path in results:
-        table.add_column(Text(path), justify="right")
+    for name in results:
+        table.add_column(Text(name), justify="right")
     for label, cells in rows_of(results):
         table.add_row(Text(label), *cells)
     out.print(table)
+
+
+def _named(option: str, words: list[str] | None, form: str) -> dict[str, Path]:
+    """NAME=PATH words as paths by name. Raises RecipeError."""
+    named: dict[str, Path] = {}
+    for word in words or []:
+        name, equals, path = word.partition("=")
+        if not equals or not name or name in named:
+            raise RecipeError(f"{option} {word}: write {form}, each name once")
+        named[name] = Path(path).expanduser()
+    return named

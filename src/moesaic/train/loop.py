@@ -202,11 +202,30 @@ def _evaluate(session: Session, progress: Progress, log: Logger) -> Evaluation:
         row |= {f"pairs_{name}": value for name, value in pairs.items()}
         shown = ", ".join(f"{name} {pairs[name]:.4f}" for name in ("main", "accuracy", "margin"))
         said = f"{said}; held-out pairs: {shown.replace('main', 'loss')}"
-    log.row(row)
     log.say(said)
+    row |= _asked(session, log)
+    log.row(row)
     if session.recipe.eval.sample and progress.step < session.recipe.train.steps:
         log.say(_indent(sample_text(session, session.recipe.eval.sample)))
     return result
+
+
+def _asked(session: Session, log: Logger) -> dict[str, float]:
+    """What the model answers to the tasks of ``eval``, as task/metric."""
+    if not (session.recipe.eval.tasks or session.recipe.eval.local):
+        return {}
+    was_training = session.model.training
+    with session.precision():
+        results = session.suite().run(session.lm(), log.say)
+    session.model.train(was_training)
+    found = {
+        f"{task}/{metric}": value
+        for task, metrics in results.items()
+        for metric, value in metrics.items()
+        if "stderr" not in metric and metric != "samples"
+    }
+    log.say("    " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    return found
 
 
 @torch.no_grad()

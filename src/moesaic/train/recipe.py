@@ -60,13 +60,19 @@ class EvalOptions(Options):
     sample too.
 
     ``batch_size`` windows at once (default: as many as make 16,384 tokens), ``sample`` new tokens
-    (0: no sample) after ``prompt`` (default: the first token of the validation part).
+    (0: no sample) after ``prompt`` (default: the first token of the validation part). ``tasks`` are
+    lm-evaluation-harness's, ``local`` those that are read from files (name -> path), asked each time too with
+    ``shots`` examples and at most ``limit`` questions of each.
     """
 
     every: int = Field(500, ge=1)
     batch_size: int | None = Field(None, ge=1)
     sample: int = Field(200, ge=0)
     prompt: str | None = Field(None, min_length=1)
+    tasks: list[str] = Field([])
+    local: dict[str, str] = Field({})
+    shots: int | None = Field(None, ge=0)
+    limit: int | None = Field(None, ge=1)
 
 
 class Recipe(Options):

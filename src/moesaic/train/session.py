@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from moesaic.analysis.harness import Suite
 from moesaic.data.corpora import cache_folder
 from moesaic.data.preferences import PreferenceStore
 from moesaic.data.pretrain import prepare
 from moesaic.data.store import Store
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import human_size
+from moesaic.lm import LM
 from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.lora import add_lora
@@ -70,6 +72,16 @@ class Session:
         options = self.recipe.train
         windows = self.store.batch(self.recipe.seed, step, options.batch_size, options.seq_len)
         return [part.to(self.device) for part in Batch(*windows).split(options.accumulate)]
+
+    def suite(self) -> Suite:
+        """The tasks that are asked at each evaluation, if any."""
+        asked = self.recipe.eval
+        files = {name: Path(path).expanduser() for name, path in asked.local.items()}
+        return Suite(asked.tasks, files, asked.shots, asked.limit)
+
+    def lm(self) -> LM:
+        """The model as it is now, as one that has been opened."""
+        return LM(self.model.config, self.model, self.store.tokenizer, Path(self.recipe.name), self.stop_ids)
 
     def eval_batch_size(self) -> int:
         return self.recipe.eval.batch_size or max(1, 16_384 // self.recipe.train.seq_len)
@@ -174,6 +186,8 @@ def build_session(
         carried=carried_along(recipe, begun),
         stop_ids=frozenset() if begun is None else begun.stop_ids,
     )
+    if recipe.eval.tasks or recipe.eval.local:
+        session.suite().check()
     if isinstance(store, PreferenceStore):  # the reference is the model as it is now
         add_reference(store, model, cache_folder(recipe.data), session.precision, session.bf16, say)
     return session
