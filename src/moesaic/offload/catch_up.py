@@ -1,0 +1,115 @@
+"""AdamW for experts that are mostly idle, as if they had been updated at every step.
+
+An expert without gradient still moves under dense AdamW: its momentum goes on pushing, its weights decay. For
+one that skipped the steps s+1 … t-1 all of that is one multiplication and one addition, so that it can be
+made up for when the expert is next used (the derivation is in docs/offload.md):
+
+    p <- A p - sum of B_i m / (sqrt(v) + eps_i),   m <- b1^n m,   v <- b2^n v,   n = t - 1 - s
+
+with scalars that depend on the learning rates in between alone. Only epsilon keeps the sum from being one
+term: as v fades beside it, it weighs more from step to step. Steps are taken together in spans that double,
+each with its own mean epsilon; what that leaves of a difference is measured in
+tests/test_sparse_optimizer.py."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+_NEGLIGIBLE = 1e-12  # what is left of a push that is not added any more
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The constants of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class CatchUp(NamedTuple):
+    """What an expert that skipped steps is multiplied by and pushed by."""
+
+    keep: float  # A
+    pushes: list[tuple[float, float]]  # B and epsilon of each span
+    first: float  # b1^n
+    second: float  # b2^n
+
+
+class History:
+    """The learning rate of every step so far, steps counted from 1."""
+
+    def __init__(self, constants: AdamW, rates: list[float] | None = None) -> None:
+        self.constants = constants
+        self.rates: list[float] = []
+        self._log_keep = [0.0]  # sums of log(1 - rate · weight decay)
+        for rate in rates or []:
+            self.add(rate)
+
+    @property
+    def step(self) -> int:
+        """The last step that is known."""
+        return len(self.rates)
+
+    def add(self, rate: float) -> None:
+        """The rate of the next step. Raises ValueError for one at which the decay alone would turn weights
+        around."""
+        if not 0 <= rate * self.constants.weight_decay < 1:
+            raise ValueError(f"a learning rate of {rate} with this weight decay keeps nothing of a weight")
+        self.rates.append(rate)
+        self._log_keep.append(self._log_keep[-1] + math.log1p(-rate * self.constants.weight_decay))
+
+    def since(self, stamp: int) -> CatchUp:
+        """What brings an expert that was last updated at step ``stamp`` (0: never) to the last step."""
+        c, last = self.constants, self.step
+        skipped = last - stamp
+        keep = math.exp(self._log_keep[last] - self._log_keep[stamp])
+        pushes: list[tuple[float, float]] = []
+        weight, push, moment, end = 1.0, 0.0, 0.0, 1  # end: the last step of the span, counted from the stamp
+        ratio = c.beta1 / math.sqrt(c.beta2)
+        for j in range(stamp + 1, last + 1):
+            weight *= ratio
+            if weight < _NEGLIGIBLE:
+                break
+            scale = math.sqrt(1 - c.beta2**j) / (1 - c.beta1**j)
+            one = self.rates[j - 1] * scale * weight * math.exp(self._log_keep[last] - self._log_keep[j])
+            push += one
+            moment += one * c.eps * math.sqrt((1 - c.beta2**j) / c.beta2 ** (j - stamp))
+            if j - stamp == end:
+                pushes.append((push, moment / push if push else c.eps))
+                push, moment, end = 0.0, 0.0, 2 * end + 1
+        if push:
+            pushes.append((push, moment / push))
+        return CatchUp(keep, pushes, c.beta1**skipped, c.beta2**skipped)
+
+    def decay_since(self, stamp: int) -> CatchUp:
+        """The decay of the weights alone, as lazy AdamW makes up for it."""
+        return CatchUp(math.exp(self._log_keep[self.step] - self._log_keep[stamp]), [], 1.0, 1.0)
+
+
+def catch_up(p: Tensor, m: Tensor | None, v: Tensor | None, by: CatchUp) -> None:
+    """Apply in place; ``p``, ``m`` and ``v`` are float32 of one shape, ``m`` None for an expert that never
+    had a gradient."""
+    if by.keep != 1.0:
+        p.mul_(by.keep)
+    if m is not None and v is not None:
+        root = v.sqrt()
+        for push, eps in by.pushes:
+            p.addcdiv_(m, root + eps, value=-push)
+        m.mul_(by.first)
+        v.mul_(by.second)
+
+
+def update(
+    p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, constants: AdamW, rate: float, step: int
+) -> None:
+    """One step of AdamW in place, as PyTorch's; all float32 of one shape. ``step`` counts from 1."""
+    c = constants
+    p.mul_(1 - rate * c.weight_decay)
+    m.lerp_(gradient, 1 - c.beta1)
+    v.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
+    denominator = v.sqrt().div_(math.sqrt(1 - c.beta2**step)).add_(c.eps)
+    p.addcdiv_(m, denominator, value=-rate / (1 - c.beta1**step))
