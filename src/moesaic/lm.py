@@ -22,11 +22,15 @@ from moesaic.model.lora import LoRAOptions, add_lora, merge_lora
 from moesaic.model.packed import Layout, pack
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.native import library
+from moesaic.offload.model import FOLDER, read_on_disk, replace_banks
+from moesaic.offload.store import INDEX
 from moesaic.routing import Routing
 from moesaic.weights.checkpoint import newest_valid, read_checkpoint, step_of
 from moesaic.weights.contents import Contents
 from moesaic.weights.hf import is_hf, load_hf, load_tokenizer, open_hf, stop_ids
 from moesaic.weights.manifest import is_valid
+
+DISK_MEMORY = 2**30  # bytes for experts that are on disk, where the caller does not say
 
 
 @dataclass(frozen=True)
@@ -147,14 +151,17 @@ class LM:
         return None if attention_mask is None else self.to_device(attention_mask).bool()
 
 
-def load(directory: str | Path, device: str = "cpu", *, as_stored: bool = False) -> LM:
+def load(
+    directory: str | Path, device: str = "cpu", *, as_stored: bool = False, memory: int = DISK_MEMORY
+) -> LM:
     """Open a run directory, one of its checkpoints, its ``model`` folder, an export, or any Hugging Face
     directory of a family that moesaic knows (weights/families.py); checksums verified where there are any.
 
     Of a run directory, the finished ``model`` is taken unless a newer checkpoint exists; it becomes float32,
     or with ``as_stored`` keeps the bfloat16 in which frozen experts were left, to train on from there. Raises
     CheckpointError (exit 4) naming the damaged file, RecipeError for a path that holds no model,
-    ResourceError for a model that memory cannot hold.
+    ResourceError for a model that memory cannot hold. Experts on disk stay there; ``memory`` bytes hold those
+    in use.
     """
     path = Path(directory).expanduser()
     if not path.is_dir():
@@ -179,6 +186,9 @@ def load(directory: str | Path, device: str = "cpu", *, as_stored: bool = False)
         model = LanguageModel(config)
         if "lora" in about:
             add_lora(model, validate(LoRAOptions, about["lora"], where=str(path / "moesaic.json")))
+        if "offload" in about:
+            folder = (path.parent if path.name == "model" else path.parent.parent) / FOLDER
+            replace_banks(model, read_on_disk(folder, about["offload"], contents.tensors[INDEX], memory))
     model.to_empty(device=device)
     if config.tied:
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -3,19 +3,33 @@
 Shape legend: T tokens (batch and positions flattened), D width.
 """
 
+from typing import Protocol
+
+import torch
 from torch import Tensor, nn
 
-from moesaic.model.dispatch import sort_by_expert
+from moesaic.model.dispatch import Dispatch, sort_by_expert
 from moesaic.model.experts import ExpertOptions, Experts, FeedForward
 from moesaic.model.routers import BaseRouterOptions, build_router
 from moesaic.routing import Routing
 
 
+class Bank(Protocol):
+    """What computes the chosen experts: ``Experts``, or another module that keeps them elsewhere."""
+
+    def fill(self, counts_E: list[int], device: torch.device) -> list[int]:
+        """How many rows to lay out for each expert, ``counts_E`` of them real."""
+        ...
+
+    def __call__(self, x_TD: Tensor, weight_TK: Tensor, dispatch: Dispatch, dropout: float = 0.0) -> Tensor:
+        """Each token's weighted sum over its experts, [T, D]."""
+        ...
+
+
 class MoE(nn.Module):
     """A router, a bank of experts, and perhaps a shared expert (gated as in Qwen2-MoE, or not).
 
-    The bank is replaceable by anything that turns tokens, the weights of their choices and the choices
-    sorted by expert into the weighted sum of each token, and says by ``fill`` how many rows it wants of each.
+    The bank is replaceable by any module that is a ``Bank`` too.
     """
 
     def __init__(
@@ -24,7 +38,7 @@ class MoE(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.gate = build_router(router, width, experts.count)
-        self.experts = Experts(experts, width)
+        self.experts: Bank = Experts(experts, width)
         self.shared_expert: FeedForward | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if experts.shared is not None:

@@ -43,7 +43,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     with RunLock(run), Interrupt() as interrupt:
         log, finished = Logger(run, recipe, console), False
         try:
-            session = build_session(recipe, log.say, lambda: interrupt.requested)
+            session = build_session(recipe, log.say, lambda: interrupt.requested, run)
             recipe = log.recipe = session.recipe  # whose epochs have become steps
             create(run, recipe)  # only now: bad data leaves no half-made run behind
             progress = _start(session, run, log)
@@ -115,13 +115,21 @@ def train_step(session: Session, step: int) -> tuple[list[Loss], float | None]:
         (loss.total / options.accumulate).backward()
     gradients = [p.grad for p in session.trainable if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    factors = [] if session.experts is None else session.experts.take_factors()
+    if factors:  # gradients of experts on disk, which are never made as a whole
+        norm = (norm.square() + sum(part.squared_norm() for _, part in factors)).sqrt()
     if not torch.isfinite(norm):
         _clear_gradients(session)
         return losses, None
+    scale = 1.0
     if options.clip is not None:
         torch.nn.utils.clip_grads_with_norm_(session.trainable, options.clip, norm)
+        scale = min(1.0, options.clip / (float(norm) + 1e-6))  # as PyTorch clips
     for optimizer in session.optimizers:
         optimizer.step()
+    if session.experts is not None:
+        rate = session.recipe.optim.lr * schedule_factor(session.recipe.schedule, step, options.steps)
+        session.experts.update(factors, rate, scale)
     _clear_gradients(session)
     _after_step(session, losses)
     return losses, float(norm)
@@ -139,6 +147,8 @@ def _after_step(session: Session, losses: list[Loss]) -> None:
 def _clear_gradients(session: Session) -> None:
     for optimizer in session.optimizers:
         optimizer.zero_grad(set_to_none=True)
+    if session.experts is not None:
+        session.experts.take_factors()
 
 
 def _not_finite(
@@ -277,7 +287,8 @@ def _start(session: Session, run: Path, log: Logger) -> Progress:
 
 def _save(session: Session, progress: Progress, run: Path, log: Logger) -> None:
     try:
-        save(run, progress.step, session.contents(progress), session.recipe.checkpoint.keep)
+        saved = save(run, progress.step, session.contents(progress), session.recipe.checkpoint.keep)
+        session.saved(saved)
     except ResourceError as error:
         raise ResourceError(f"step {progress.step} could not be saved: {error}") from None
 
@@ -285,6 +296,7 @@ def _save(session: Session, progress: Progress, run: Path, log: Logger) -> None:
 def _finish(session: Session, progress: Progress, run: Path, log: Logger) -> None:
     """The exportable model and the pictures."""
     write_checkpoint(run / "model", session.exported(progress.step))
+    session.saved(run / "model")
     with explained(run, f"the pictures of {run} cannot be written", "its model is whole"):
         _draw(run, run / "plots")
 

@@ -14,6 +14,7 @@ from moesaic.lm import described
 from moesaic.model.config import ModelConfig
 from moesaic.model.lora import LoRAOptions
 from moesaic.model.routers import ROUTERS
+from moesaic.offload.model import OffloadOptions
 from moesaic.train.objectives import LossOptions
 from moesaic.train.optim import OptimOptions, ScheduleOptions
 from moesaic.weights.checkpoint import CheckpointOptions
@@ -94,6 +95,7 @@ class Recipe(Options):
     optim: OptimOptions = OptimOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     loss: LossOptions = LossOptions()
+    offload: OffloadOptions = OffloadOptions()
     eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
 
@@ -123,6 +125,10 @@ class Recipe(Options):
                 "train.accumulate: kto measures an answer against the others of its part of the batch; leave "
                 "two pairs or more in each"
             )
+        if self.offload.memory is not None and self.optim.kind != "adamw":
+            raise ValueError("offload.memory: experts on disk are AdamW's; set optim.kind to adamw")
+        if self.offload.memory is not None and self.train.lora is not None:
+            raise ValueError("offload.memory and train.lora do not go together: experts on disk train whole")
         if (self.data.pack or self.data.document_mask) and self.model.conv:
             key = "pack" if self.data.pack else "document_mask"
             raise ValueError(f"data.{key}: model.conv looks across the borders of documents; set it to 0")

@@ -19,7 +19,15 @@ from moesaic.train.recipe import Recipe
 # A resumed run must be the same run; only what does not touch the weights' path may change.
 _MAY_CHANGE = [
     *("out", "name", "about", "tracker", "eval", "checkpoint", "data.cache"),
-    *("train.steps", "train.epochs", "train.device", "train.log_every", "train.on_nan"),
+    *(
+        "train.steps",
+        "train.epochs",
+        "offload.memory",
+        "offload.threads",
+        "train.device",
+        "train.log_every",
+        "train.on_nan",
+    ),
     "model.vocab_size",  # which a recipe may leave to the tokenizer
 ]
 

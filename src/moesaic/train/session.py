@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moesaic.analysis.harness import Suite
 from moesaic.data.corpora import cache_folder
@@ -23,12 +23,16 @@ from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.lora import add_lora
 from moesaic.model.transformer import LanguageModel
+from moesaic.offload.catch_up import AdamW, History
+from moesaic.offload.experts import DiskExperts
+from moesaic.offload.model import FOLDER, about, build_on_disk, index_tensors
+from moesaic.offload.store import INDEX, Index
 from moesaic.train.objectives import Batch, Objective, objective_of
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
 from moesaic.train.recipe import Recipe
 from moesaic.train.references import add_reference
 from moesaic.train.start import carried_along, take_optimizer, take_weights
-from moesaic.weights.checkpoint import read_checkpoint
+from moesaic.weights.checkpoint import read_checkpoint, read_tensors
 from moesaic.weights.contents import Contents
 
 
@@ -55,6 +59,10 @@ class Session:
     trainable: list[nn.Parameter]
     carried: dict[str, bytes] = field(default_factory=dict)  # from the model it started from: chat template …
     stop_ids: frozenset[int] = frozenset()
+    experts: DiskExperts | None = None
+    kept: dict[Path, Index] = field(
+        default_factory=dict
+    )  # checkpoints, and where each has its experts on disk
 
     @property
     def bf16(self) -> bool:
@@ -94,19 +102,32 @@ class Session:
         exported.json["data.json"] = {"tokens": self.store.fingerprint}
         return exported
 
+    def saved(self, directory: Path) -> None:
+        """Say that a checkpoint holds what the session is now; places on disk that none refers to are
+        free."""
+        if self.experts is not None:
+            self.kept[directory] = Index.of(self.experts.store.index.tensors())
+            self.kept = {path: index for path, index in self.kept.items() if path.is_dir()}
+            self.experts.store.committed(self.kept.values())
+
     def exported(self, step: int) -> Contents:
         """What using the model needs."""
         config = self.model.config.model_dump(mode="json", exclude_none=True)
         tensors = dict(self.model.state_dict())
         if self.model.config.tied:  # one tensor, stored once
             del tensors["lm_head.weight"]
+        on_disk: dict[str, dict[str, Tensor]] = {}
+        if self.experts is not None:
+            self.experts.pool.write_back()
+            on_disk = {INDEX: index_tensors(self.experts)}
         return Contents(
-            tensors={"model.safetensors": tensors},
+            tensors={"model.safetensors": tensors, **on_disk},
             json={
                 "moesaic.json": {
                     "format": 1,
                     "step": step,
                     "model": config,
+                    **({} if self.experts is None else {"offload": about(self.experts)}),
                     **({"stop_ids": sorted(self.stop_ids)} if self.stop_ids else {}),
                     **({"lora": lora.model_dump(mode="json")} if (lora := self.recipe.train.lora) else {}),
                 }
@@ -131,17 +152,33 @@ class Session:
                 tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
             self.model.load_state_dict(tensors)
             load_optimizer_tensors(self.model, self.optimizers, contents.tensors["optimizer.safetensors"])
+            if self.experts is not None:
+                self._restore_experts(directory, contents.tensors[INDEX])
             return Progress(**contents.json["state.json"])
         except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{directory}: is not a checkpoint of this recipe ({reason})") from None
 
+    def _restore_experts(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        """Have the store be as a checkpoint says, and no checkpoint's experts be written over."""
+        assert self.experts is not None
+        self.kept = {}
+        for path in [*directory.parent.glob("step-*"), directory.parent.parent / "model"]:
+            with suppress(CheckpointError, OSError):  # a damaged one is nothing to go back to
+                self.kept[path] = Index.of(read_tensors(path, INDEX))
+        self.experts.pool.forget()
+        self.experts.store.go_back(Index.of(tensors), self.kept.values())
+        self.experts.history = History(self.experts.history.constants, tensors["rates"].tolist())
+
 
 def build_session(
-    recipe: Recipe, say: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
+    recipe: Recipe,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+    run: Path | None = None,
 ) -> Session:
     """Prepare the data, then build and seed the model; prints what trains through ``say``. Raises Stopped
-    once ``stopped`` says so while text is prepared."""
+    once ``stopped`` says so while text is prepared. ``run`` is where experts on disk are kept."""
     keep_freed_memory()
     if recipe.start is None:
         _check_needs_no_model(recipe)
@@ -162,10 +199,14 @@ def build_session(
     if recipe.eval.prompt is not None:  # better refused here than at the first sample
         store.tokenizer.encode(recipe.eval.prompt)
     config = recipe.model.model_copy(update={"vocab_size": vocabulary})
-    _check_memory(config, recipe, device)
     torch.manual_seed(recipe.seed)
-    with torch.device("cpu" if recipe.start is None else "meta"):
-        model = LanguageModel(config)
+    experts: DiskExperts | None = None
+    if recipe.offload.memory is not None:
+        model, experts = _on_disk(config, recipe, device, run)
+    else:
+        _check_memory(config, recipe, device)
+        with torch.device("cpu" if recipe.start is None else "meta"):
+            model = LanguageModel(config)
     freeze(model, recipe)
     begun = None if recipe.start is None else take_weights(model, recipe, _in_bf16(recipe, device))
     if recipe.train.lora is not None:
@@ -185,12 +226,25 @@ def build_session(
         trainable=[p for p in model.parameters() if p.requires_grad],
         carried=carried_along(recipe, begun),
         stop_ids=frozenset() if begun is None else begun.stop_ids,
+        experts=experts,
     )
     if recipe.eval.tasks or recipe.eval.local:
         session.suite().check()
     if isinstance(store, PreferenceStore):  # the reference is the model as it is now
         add_reference(store, model, cache_folder(recipe.data), session.precision, session.bf16, say)
     return session
+
+
+def _on_disk(
+    config: ModelConfig, recipe: Recipe, device: str, run: Path | None
+) -> tuple[LanguageModel, DiskExperts]:
+    """A new model with its experts in the run's directory."""
+    if recipe.start is not None:
+        raise RecipeError("offload.memory: a run with experts on disk begins anew; leave start out")
+    if device != "cpu" or run is None:
+        raise RecipeError("offload.memory: experts on disk are trained on the CPU; set train.device to cpu")
+    constants = AdamW(*recipe.optim.betas, recipe.optim.eps, recipe.optim.weight_decay)
+    return build_on_disk(config, recipe.offload, constants, recipe.seed, run / FOLDER)
 
 
 def _check_needs_no_model(recipe: Recipe) -> None:

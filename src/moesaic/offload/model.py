@@ -1,0 +1,136 @@
+"""A model whose experts are on disk: its banks taken out and replaced by those of a store."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from moesaic.config import Options
+from moesaic.errors import CheckpointError, RecipeError
+from moesaic.model.config import InitOptions, ModelConfig
+from moesaic.model.init import initialise
+from moesaic.model.transformer import LanguageModel
+from moesaic.offload.catch_up import AdamW
+from moesaic.offload.experts import DiskExperts
+from moesaic.offload.pool import Pool
+from moesaic.offload.records import ExpertShape, Layout
+from moesaic.offload.store import Index, Store, StoreOptions
+
+FOLDER = "experts"  # in a run directory
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+class OffloadOptions(Options):
+    """Experts on disk, of which ``memory`` ("2GiB") holds those in use; not given: all are in memory.
+
+    ``weights`` in bfloat16 are rounded stochastically; ``moments`` of AdamW are float32, bfloat16 or int8 in
+    blocks of 256. ``mode``: ``exact`` equals dense AdamW, ``lazy`` counts an expert's own steps. ``threads``
+    read and write at once.
+    """
+
+    memory: str | None = None
+    weights: Literal["fp32", "bf16"] = "bf16"
+    moments: Literal["fp32", "bf16", "int8"] = "int8"
+    mode: Literal["exact", "lazy"] = "exact"
+    threads: int = Field(8, ge=1, le=64)
+
+    @field_validator("memory")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            bytes_of(value)
+        return value
+
+
+def bytes_of(size: str) -> int:
+    """``2GiB``, ``500MB`` or a plain number as bytes. Raises ValueError."""
+    match = _SIZE.fullmatch(size)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{size!r} is no size; write it as 2GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def build_on_disk(
+    config: ModelConfig, options: OffloadOptions, constants: AdamW, seed: int, folder: Path
+) -> tuple[LanguageModel, DiskExperts]:
+    """A new model, initialised from torch's global generator but for its experts, whose store is made or
+    opened in ``folder``. Raises RecipeError for what cannot be on disk, and as ``Store.open``."""
+    _check(config)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    layout = Layout(_shape(config), options.weights, options.moments)
+    layers = len(config.moe_layers)
+    wanted = StoreOptions(layout, layers, config.experts.count, seed, _stds(config.init, layout.shape))
+    store = Store.open(folder, wanted, write=True)
+    experts = DiskExperts(
+        Pool(store, bytes_of(str(options.memory)), options.threads), constants, options.mode
+    )
+    replace_banks(model, experts)
+    model.to_empty(device="cpu")
+    if config.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    initialise(model, config.init)
+    return model, experts
+
+
+def replace_banks(model: LanguageModel, experts: DiskExperts) -> None:
+    """Put the banks of a store in the place of a model's own."""
+    for module, bank in zip(model.moe_modules(), experts.banks, strict=True):
+        module.experts = bank
+
+
+def about(experts: DiskExperts) -> dict[str, Any]:
+    """What a checkpoint says of its experts besides the index: what catching up needs."""
+    return {**vars(experts.history.constants), "mode": experts.mode}
+
+
+def index_tensors(experts: DiskExperts) -> dict[str, Tensor]:
+    """What a checkpoint holds of the store, the rates of all steps among it."""
+    rates = torch.tensor(experts.history.rates, dtype=torch.float64)
+    return {**experts.store.index.tensors(), "rates": rates}
+
+
+def read_on_disk(folder: Path, said: dict[str, Any], tensors: dict[str, Tensor], memory: int) -> DiskExperts:
+    """The experts of a checkpoint, to be read only. Raises CheckpointError where the store is not that of the
+    checkpoint, and as ``Store.open``."""
+    store = Store.open(folder)
+    index = Index.of(tensors)
+    if index.place.shape != (store.options.layers, store.options.experts):
+        raise CheckpointError(f"{folder}: holds the experts of another model")
+    store.go_back(index, [])
+    said = dict(said)
+    mode = said.pop("mode")
+    experts = DiskExperts(Pool(store, max(memory, 4 * store.record)), AdamW(**said), mode)
+    for rate in tensors["rates"].tolist():
+        experts.history.add(rate)
+    return experts
+
+
+def _check(config: ModelConfig) -> None:
+    if not config.moe_layers:
+        raise RecipeError("offload.memory: this model has no experts to put on disk")
+    if config.experts.bias:
+        raise RecipeError("offload.memory: experts on disk have no biases; set model.experts.bias to false")
+    if config.dropout:
+        raise RecipeError("offload.memory: experts on disk know no dropout; set model.dropout to 0")
+
+
+def _shape(config: ModelConfig) -> ExpertShape:
+    return ExpertShape(config.experts.kind, config.width, config.experts.hidden)
+
+
+def _stds(options: InitOptions, shape: ExpertShape) -> tuple[float, float]:
+    """The standard deviations of an expert's first and last matrix, as model/init.py has them."""
+    fans = ((shape.width, shape.inner), (shape.hidden, shape.width))
+    if options.kind == "kaiming":
+        first, last = (math.sqrt(2 / fan_in) for fan_in, _ in fans)
+    elif options.kind == "xavier":
+        first, last = (math.sqrt(2 / (fan_in + fan_out)) for fan_in, fan_out in fans)
+    else:
+        first = last = options.std
+    return first, 0.0 if options.zero_output else last

@@ -1,0 +1,185 @@
+"""Banks out of a store against banks in memory: outputs, gradients, updates; whatever is in memory when."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from disk_experts import CONSTANTS, D, E, H, L, disk, in_memory, options, routed
+from torch import Tensor, nn
+
+from moesaic.errors import RecipeError
+from moesaic.model.experts import Experts, FFNKind
+from moesaic.offload.experts import DiskExperts
+from moesaic.offload.factors import Factors, merged
+from moesaic.offload.records import MomentKind, WeightKind
+from moesaic.offload.store import Index
+
+torch.set_num_threads(1)
+
+
+def gradients_of(
+    bank: nn.Module, x: Tensor, weight: Tensor, dispatch: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = bank(x, weight, dispatch)
+    (y * y.detach().cos()).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    return y.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "relu", "gelu", "relu2"])
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+def test_outputs_and_all_gradients_are_those_of_a_bank_in_memory(
+    tmp_path: Path, kind: FFNKind, tokens: int
+) -> None:
+    given = options(kind)
+    ours = disk(tmp_path / "store", given, slots=5)
+    for layer in range(L):
+        plain = in_memory(given, layer)
+        x, weight, dispatch = routed(tokens, seed=layer)
+        found = gradients_of(ours.banks[layer], x, weight, dispatch)
+        expected = gradients_of(plain, x, weight, dispatch)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        (taken,) = [part for where, part in ours.take_factors() if where == layer]
+        dense = torch.cat([plain.first_matrix.grad.flatten(1), plain.down_proj.grad.flatten(1)], 1)
+        torch.testing.assert_close(
+            taken.gradients(given.layout.shape), dense[taken.experts], rtol=1e-4, atol=1e-6
+        )
+        assert taken.squared_norm() == pytest.approx(float(dense.square().sum()), rel=1e-4)
+        assert ours.take_factors() == []
+
+
+def test_gradients_of_two_batches_are_their_sum(tmp_path: Path) -> None:
+    ours, shape = disk(tmp_path / "store"), options().layout.shape
+    parts = []
+    for seed in (1, 2, 3):
+        x, weight, dispatch = routed(7, seed, among=3 * seed)
+        gradients_of(ours.banks[0], x, weight, dispatch)
+        parts += ours.banks[0].take_factors()
+    total = torch.zeros(E, shape.parameters)
+    for part in parts:
+        total[part.experts] += part.gradients(shape)
+    whole = merged(parts)
+    assert whole.experts == sorted(whole.experts)
+    torch.testing.assert_close(whole.gradients(shape), total[whole.experts])
+    pieces = torch.cat([piece.gradients(shape) for piece in whole.chunks(2)])
+    torch.testing.assert_close(pieces, total[whole.experts])
+    assert isinstance(whole, Factors)
+
+
+def train(ours: DiskExperts, steps: range, scale: float = 1.0) -> None:
+    """Steps of batches in which some experts are hit and some are not."""
+    for step in steps:
+        for layer, bank in enumerate(ours.banks):
+            x, weight, dispatch = routed(2, 100 * step + layer, top_k=1)
+            gradients_of(bank, x, weight, dispatch)
+        ours.update(ours.take_factors(), 3e-3 * min(1.0, step / 10), scale)
+
+
+def weights_of(ours: DiskExperts) -> Tensor:
+    each = [[ours.gather(layer, [e], False).float() for e in range(E)] for layer in range(L)]
+    return torch.stack([torch.cat(layer) for layer in each])
+
+
+def test_training_is_dense_adamw(tmp_path: Path) -> None:
+    given = options()
+    ours = disk(tmp_path / "store", given, slots=13)
+    plain = [in_memory(given, layer) for layer in range(L)]
+    begun = torch.stack([_flat(bank) for bank in plain])
+    dense = torch.optim.AdamW(
+        [p for bank in plain for p in bank.parameters()], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+    )
+    for step in range(1, 81):
+        for layer in range(L):
+            x, weight, dispatch = routed(2, 100 * step + layer, top_k=1)
+            gradients_of(ours.banks[layer], x, weight, dispatch)
+            gradients_of(plain[layer], x, weight, dispatch)
+        rate = 3e-3 * min(1.0, step / 10)
+        dense.param_groups[0]["lr"] = rate
+        for bank in plain:
+            for p in bank.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad * 0.5
+        dense.step()
+        dense.zero_grad()
+        ours.update(ours.take_factors(), rate, 0.5)
+    expected = torch.stack([_flat(bank) for bank in plain])
+    assert int((ours.store.index.stamp < 80).sum()) > 0
+    moved = (expected - begun).norm()
+    assert float((weights_of(ours) - expected).norm() / moved) < 2e-4
+
+
+def _flat(bank: Experts) -> Tensor:
+    return torch.cat([bank.first_matrix.flatten(1), bank.down_proj.flatten(1)], 1).detach().clone()
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("mode", ["exact", "lazy"])
+def test_how_much_is_in_memory_changes_no_bit(
+    tmp_path: Path, weights: WeightKind, moments: MomentKind, mode: str
+) -> None:
+    given = options(weights=weights, moments=moments)
+    found = []
+    for slots in (4, 100):
+        ours = disk(tmp_path / str(slots), given, slots, mode=mode)
+        train(ours, range(1, 20))
+        weights_of(ours)  # looking changes nothing
+        train(ours, range(20, 30))
+        found.append((weights_of(ours), ours.store.index.stamp.copy()))
+        assert (ours.pool.writes > 0) == (slots == 4)
+        ours.store.close()
+    assert torch.equal(found[0][0], found[1][0])
+    assert (found[0][1] == found[1][1]).all()
+
+
+@pytest.mark.parametrize("mode", ["exact", "lazy"])
+def test_reopened_it_goes_on_bit_for_bit(tmp_path: Path, mode: str) -> None:
+    whole = disk(tmp_path / "whole", slots=5, mode=mode)
+    train(whole, range(1, 31))
+    ours = disk(tmp_path / "parts", slots=5, mode=mode)
+    train(ours, range(1, 16))
+    ours.pool.write_back()
+    index, rates = Index.of(ours.store.index.tensors()), list(ours.history.rates)
+    ours.store.committed([index])
+    train(ours, range(16, 20))  # which is lost
+    ours.store.close()
+    again = disk(tmp_path / "parts", slots=6, mode=mode)
+    again.store.go_back(index, [])
+    for rate in rates:
+        again.history.add(rate)
+    train(again, range(16, 31))
+    assert torch.equal(weights_of(again), weights_of(whole))
+
+
+@pytest.mark.parametrize("moments", ["bf16", "int8"])
+def test_rounded_moments_learn_as_exact_ones_do(tmp_path: Path, moments: MomentKind) -> None:
+    """A bank learns to give what another gives; rounding costs little of that."""
+    losses = {}
+    for kind in ("fp32", moments):
+        ours = disk(tmp_path / kind, options(moments=kind, weights="bf16" if kind != "fp32" else "fp32"))
+        target = in_memory(options(seed=99), 0)
+        for step in range(1, 121):
+            x, weight, dispatch = routed(40, step)
+            y = ours.banks[0](x, weight.requires_grad_(), dispatch)
+            loss = (y - target(x, weight, dispatch).detach()).square().mean()
+            loss.backward()
+            ours.update(ours.take_factors(), 1e-2, 1.0)
+            losses[kind] = float(loss.detach())
+            first = losses.setdefault(f"{kind} at first", losses[kind])
+        assert losses[kind] < 0.7 * first
+    assert losses[moments] < 1.25 * losses["fp32"]
+
+
+def test_what_it_cannot_compute_is_said(tmp_path: Path) -> None:
+    ours = disk(tmp_path / "store")
+    x, weight, dispatch = routed(3, 1)
+    with pytest.raises(RecipeError, match=r"without model\.dropout"):
+        ours.banks[0](x, weight, dispatch, 0.1)
+    with pytest.raises(RecipeError, match=r"offload\.memory: .* hold 1 experts of .*; give .* or more"):
+        disk(tmp_path / "other", slots=1)
+    small = disk(tmp_path / "third", slots=3)
+    with pytest.raises(RecipeError, match=r"3 experts of .* fit, but .* needs 12 at once; give"):
+        small.gather(0, list(range(E)), False)
+    assert (CONSTANTS.beta1, D, H) == (0.9, 8, 6)
