@@ -1,6 +1,7 @@
 """Every example once in an epoch, whatever the batch; epochs as steps; the optimizer that goes on."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from moesaic.data.pretrain import prepare
 from moesaic.errors import RecipeError
 from moesaic.train.optim import ScheduleOptions, schedule_factor
 from moesaic.train.recipe import load_recipe
-from moesaic.train.rundir import read_rows
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 3), (7, 7), (3, 8), (1, 2), (100, 9)])
@@ -99,32 +99,32 @@ def test_a_share_of_the_steps_as_warm_up() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "rmsprop", "muon"])
-def test_the_optimizer_goes_on_where_the_run_left_it(tmp_path: Path, kind: str) -> None:
-    words = [f"optim.kind={kind}", "model.router.kind=top_k"]
-    whole = run_tiny(tmp_path, "whole", *words, "train.steps=4")
-    first = run_tiny(tmp_path, "first", *words, "train.steps=2")
-    start = [f"start={first}", *words, "train.steps=1"]
-    kept = run_tiny(tmp_path, "kept", *start, "start_optimizer=true")
-    fresh = run_tiny(tmp_path, "fresh", *start)
-    step = [read_rows(run / "metrics.jsonl")[0] for run in (kept, fresh)]
-    assert step[0]["loss"] == step[1]["loss"]
-    assert rows(kept, "val")[-1]["loss"] != rows(fresh, "val")[-1]["loss"]
-    assert rows(whole, "val")
-
-
-def test_going_on_with_the_same_batches_is_going_on(tmp_path: Path) -> None:
+def test_going_on_with_the_same_batches_is_going_on(tmp_path: Path, kind: str) -> None:
     """Two steps, then two more from there with the optimizer, are four steps of the same batches."""
     from moesaic.train.loop import train_step
     from moesaic.train.session import build_session
 
-    first = run_tiny(tmp_path, "first", "train.steps=2")
-    whole = build_session(tiny(tmp_path, f"out={tmp_path / 'x'}"), lambda sentence: None)
+    first = run_tiny(tmp_path, "first", "train.steps=2", f"optim.kind={kind}")
+    whole = build_session(
+        tiny(tmp_path, f"optim.kind={kind}", f"out={tmp_path / 'x'}"), lambda sentence: None
+    )
     for step in (1, 2, 3):
         train_step(whole, step)
-    parts = build_session(tiny(tmp_path, f"start={first}", "start_optimizer=true"), lambda sentence: None)
+    parts = build_session(
+        tiny(tmp_path, f"start={first}", "start_optimizer=true", f"optim.kind={kind}"), lambda sentence: None
+    )
     train_step(parts, 3)
     for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_run_goes_on_without_what_it_began_from(tmp_path: Path) -> None:
+    first = run_tiny(tmp_path, "first", "train.steps=1")
+    words = [f"start={first}", "start_optimizer=true"]
+    run_tiny(tmp_path, "second", *words, "train.steps=2")
+    shutil.rmtree(first / "checkpoints")
+    second = run_tiny(tmp_path, "second", *words, "train.steps=3", resume=True)
+    assert rows(second, "val")[-1]["step"] == 3
 
 
 def test_what_has_no_such_optimizer_is_refused(tmp_path: Path) -> None:
@@ -137,7 +137,12 @@ def test_what_has_no_such_optimizer_is_refused(tmp_path: Path) -> None:
             f"start={first}",
             "start_optimizer=true",
             "train.lora.rank=2",
-        ): "trained other parameters|has no such state",
+        ): "do not go together",
+        (
+            f"start={first}",
+            "start_optimizer=true",
+            'train.freeze=["model.embed_tokens.weight"]',
+        ): r"trained other parameters \(model\.embed_tokens\.weight\)",
     }
     for words, reason in cases.items():
         with pytest.raises(RecipeError, match=reason):

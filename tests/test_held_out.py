@@ -64,11 +64,17 @@ def test_of_conversations_the_assistants_words_alone(lm: LM, tmp_path: Path) -> 
     found = OwnData({"talk": tmp_path / "t.jsonl"}).run(lm, quiet)["talk"]
     said = sum(len(lm.tokenizer.encode(text)) for text in ("a miller<|im_end|>\n", "by the mill<|im_end|>\n"))
     assert abs(found["tokens"] - said) <= 3  # how the template's end is cut into tokens
-    assert math.isnan(found["loss stderr"])
+    assert "loss stderr" not in found
     (tmp_path / "empty.jsonl").write_text(json.dumps({"text": " "}) + "\n")
     short = OwnData({"x": tmp_path / "empty.jsonl"}, limit=0)
     with pytest.raises(DataError, match=r"empty\.jsonl: gives nothing to predict"):
         short.run(lm, quiet)
+
+
+def test_rows_of_any_domain_are_read(lm: LM, tmp_path: Path) -> None:
+    lines = [{"text": "the mill", "domain": domain} for domain in ("coder", "writer")] + [{"text": "a"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert OwnData({"mine": tmp_path / "t.jsonl"}).run(lm, quiet)["mine"]["samples"] == 3
 
 
 def test_answers_are_right_where_they_are_the_words(
@@ -95,6 +101,7 @@ def test_the_command_measures_files_beside_each_other(
     lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in TALKS))
+    (tmp_path / "p.txt").write_text("plain")
     words = ["eval", str(lm.path), str(lm.path), "--data", f"talk={tmp_path / 't.jsonl'}", "--answers", "3"]
     monkeypatch.setattr(sys, "argv", ["moesaic", *words])
     with pytest.raises(SystemExit) as done:
@@ -107,6 +114,10 @@ def test_the_command_measures_files_beside_each_other(
         (["eval", str(lm.path), "--data", "t.jsonl"], "write NAME=FILE"),
         (["eval", str(lm.path), "--answers", "3", "--local", "mmlu=x"], "--answers is about"),
         (["eval", str(lm.path)], "or --data NAME=FILE"),
+        (["eval", str(lm.path), "--data", f"x={tmp_path / 't.jsonl'}", "--answers", "999"], "no room for"),
+        (["eval", str(lm.path), "--data", f"x={tmp_path / 't.jsonl'}", "--shots", "2"], "--shots is about"),
+        (["eval", str(lm.path), "--data", "mmlu=x", "--local", "mmlu=x"], "a task has that name"),
+        (["eval", str(lm.path), "--data", f"x={tmp_path / 'p.txt'}", "--answers", "3"], "holds a conversation"),
     ):
         monkeypatch.setattr(sys, "argv", ["moesaic", *bad])
         with pytest.raises(SystemExit) as failed:
@@ -121,11 +132,16 @@ def test_tasks_are_asked_while_a_run_trains(tmp_path: Path) -> None:
     run = run_tiny(tmp_path, "asked", *words)
     asked = rows(run, "val")
     assert [row["step"] for row in asked] == [3, 6]
-    for row in asked:
+    answers = rows(run, "tasks")
+    assert [row["step"] for row in answers] == [3, 6]
+    for row in answers:
         assert 0 <= row["mmlu_mills/acc"] <= 1
         assert 0 <= row["mmlu/acc"] <= 1
     plain = run_tiny(tmp_path, "plain", "eval.every=3", "data.tokenizer=byte")
     assert [row["loss"] for row in rows(plain, "val")] == [row["loss"] for row in asked]
+    offline = run_tiny(tmp_path, "offline", "eval.tasks=['arc_easy']", "eval.every=3")
+    assert len(rows(offline, "val")) == 2  # it goes on without
+    assert rows(offline, "tasks") == []
     with pytest.raises(RecipeError, match="is no task of lm-evaluation-harness"):
         moesaic.train.loop.train(tiny(tmp_path, "eval.tasks=['no_such_task']", f"out={tmp_path / 'bad'}"))
     assert not (tmp_path / "bad" / "recipe.toml").exists()
@@ -136,4 +152,4 @@ def test_real_questions_can_be_asked(tmp_path: Path) -> None:
         pytest.skip("../shared/data/eval is not here")
     words = [f"eval.local.gsm8k={next(SHARED.glob('gsm8k*.jsonl'))}", "eval.limit=1", "data.tokenizer=byte"]
     run = run_tiny(tmp_path, "real", *words, "model.context=32")
-    assert rows(run, "val")[-1]["gsm8k/exact_match (strict-match)"] == 0
+    assert rows(run, "tasks")[-1]["gsm8k/exact_match (strict-match)"] == 0

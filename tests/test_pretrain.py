@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moesaic.data.corpora import DataOptions
 from moesaic.data.pretrain import prepare
 from moesaic.data.store import TokenStore
 from moesaic.data.tokenizers import Tokenizer
-from moesaic.errors import DataError, ResourceError
+from moesaic.errors import DataError, ResourceError, Stopped
 
 SHAKESPEARE = Path(__file__).parents[1] / ".." / "shared" / "data" / "tiny_shakespeare.txt"
 
@@ -240,6 +241,34 @@ def test_concurrent_preparations_agree(
     assert len(list(stores[0].folder.parent.iterdir())) == 1
 
 
+def test_a_folder_whose_lock_was_of_a_removed_one_is_built_by_one(tmp_path: Path) -> None:
+    folder, order = tmp_path / ".building-x", []
+
+    def hold(name: str) -> None:
+        with pretrain._locked(folder, lambda sentence: None):
+            order.append(f"{name} in")
+            time.sleep(0.3)
+            os.rmdir(folder)
+            order.append(f"{name} out")
+
+    threads = [threading.Thread(target=hold, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(20)
+    assert [entry.split()[1] for entry in order] == ["in", "out"] * 3
+    folder.mkdir()
+    again = pretrain._locked(folder, lambda sentence: None, lambda: True)
+    with pretrain._locked(folder), pytest.raises(Stopped, match="waiting for another"), again:
+        pass
+
+
+def test_the_tokenizer_learns_the_text_as_it_is_cleaned(tmp_path: Path) -> None:
+    given = options(tmp_path, {"a": "cafe\u0301 au lait " * 50}, clean={"normalise": True})
+    assert prepare(given).tokenizer.vocab_size == len(set("caf\u00e9 au lait "))
+
+
 def test_the_fingerprint_is_of_the_tokens_not_of_the_file(tmp_path: Path) -> None:
     given = options(tmp_path, {"a": "some text " * 9})
     first = prepare(given)
@@ -261,8 +290,13 @@ def test_what_nobody_went_on_with_is_removed_and_what_is_being_built_is_not(tmp_
     for folder in (left, live):
         os.utime(folder, (1, 1))
     (tmp_path / "0.txt").write_text("other text " * 9)
+    with pretrain._locked(live), pytest.raises(Stopped):
+        prepare(given, stopped=lambda: True)
+    (mine,) = {*cache.glob(".building-*")} - {live, young}
+    os.utime(mine, (1, 1))  # long ago, and now gone on with
+    inode = mine.stat().st_ino
     with pretrain._locked(live):
-        prepare(given)
+        assert prepare(given).folder.stat().st_ino == inode
     assert [folder.exists() for folder in (left, live, young)] == [False, True, True]
 
 
@@ -328,6 +362,9 @@ def test_compressed_files_are_read_as_what_they_are(tmp_path: Path, ending: str)
         stores.append(prepare(given))
     assert stores[0].fingerprint == stores[1].fingerprint
     assert stores[0].shards[0].documents == (50 if ending.startswith("json") else 1)
+    (tmp_path / f"cut.{ending}").write_bytes(packed[: len(packed) * 2 // 3])
+    with pytest.raises(DataError, match=r"cut\..*: damaged"):
+        prepare(given.model_copy(update={"path": str(tmp_path / f"cut.{ending}")}))
     (tmp_path / f"bad.{ending}").write_bytes(b"no such format" * 9)
     with pytest.raises(DataError, match=r"bad\..*: damaged, or not compressed as its name says"):
         prepare(given.model_copy(update={"path": str(tmp_path / f"bad.{ending}")}))

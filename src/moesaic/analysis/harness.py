@@ -39,7 +39,7 @@ class Suite:
         unknown = [name for name in self.tasks if manager and not manager.match_tasks([name])]
         if unknown:
             raise RecipeError(
-                f"--tasks {unknown[0]}: is no task of lm-evaluation-harness; `lm-eval ls tasks` lists them"
+                f"tasks: {unknown[0]} is no task of lm-evaluation-harness; `lm-eval ls tasks` lists them"
             )
         for name, path in self.local.items():
             local_tasks(name, path, self.limit, self.shots)
@@ -66,7 +66,9 @@ class Suite:
             )
         except (ConnectionError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise DataError(f"--tasks: data cannot be fetched ({reason}); --local reads files") from None
+            raise DataError(
+                f"the tasks' data cannot be fetched ({reason}); local tasks are read from files"
+            ) from None
         return _metrics(found["results"], found.get("n-samples", {}))
 
 
@@ -125,7 +127,8 @@ def harness_model(lm: LM, say: Say) -> Any:
                 stop = (until,) if isinstance(until, str) else tuple(until)
                 alike.setdefault((most, stop), []).append(number)
             for (most, stop), numbers in alike.items():
-                prompts = [self.tok_encode(requests[n].args[0]) for n in numbers]
+                asked = [self.tok_encode(requests[n].args[0]) for n in numbers]
+                prompts = [prompt or [self.eot_token_id] for prompt in asked]
                 with tqdm(total=len(prompts), desc="answers", **_QUIET_FOR) as bar:
                     found = greedy_answers(lm, prompts, self.max_length, most, stop, bar.update)
                 for n, answer in zip(numbers, found, strict=True):

@@ -7,6 +7,7 @@ on the tokenizer, so that models with different ones can be compared.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from moesaic.analysis.compare import Documents, losses_of
 from moesaic.data.chat import PLAIN_TEMPLATE, ChatTemplate, load_template
 from moesaic.data.examples import Coded
 from moesaic.data.instructions import Example, read_examples, tokens_of
-from moesaic.errors import DataError
+from moesaic.errors import DataError, RecipeError
 from moesaic.lm import LM
 
 Metrics = dict[str, float]
@@ -36,14 +37,30 @@ class OwnData:
     answers: int | None = None
     window: int = 1024
 
+    @cached_property
+    def examples(self) -> dict[str, list[Example]]:
+        """The rows of each file, whatever domain they say they are of. Raises DataError naming file and line,
+        and RecipeError where answers are wanted and there is no conversation."""
+        found = {name: list(islice(read_examples(path), self.limit)) for name, path in self.files.items()}
+        talks = any(example.messages for rows in found.values() for example in rows)
+        if self.answers is not None and not talks:
+            raise RecipeError("--answers: no file of --data holds a conversation to answer")
+        return found
+
     def run(self, lm: LM, say: Callable[[str], None]) -> dict[str, Metrics]:
-        """The metrics of each file, with standard errors over its rows. Raises DataError naming file and
-        line, and for a file that gives nothing to predict."""
+        """The metrics of each file, with standard errors over its rows where it has more than one. Raises as
+        ``examples``, DataError for a file that gives nothing to predict, RecipeError for answers that leave
+        no room for a prompt."""
+        if self.answers is not None and self.answers >= lm.config.context:
+            raise RecipeError(
+                f"--answers {self.answers}: {lm.path} reads {lm.config.context} tokens, which leaves no room "
+                "for a question; ask for fewer"
+            )
         results = {}
-        for name, path in self.files.items():
-            examples = list(islice(read_examples(path, name), self.limit))
+        for name, examples in self.examples.items():
             say(f"{name}: {len(examples):,} rows")
-            results[name] = {**self._losses(lm, examples, path), **self._answers(lm, examples)}
+            metrics = {**self._losses(lm, examples, self.files[name]), **self._answers(lm, examples)}
+            results[name] = {key: value for key, value in metrics.items() if not math.isnan(value)}
         return results
 
     def _losses(self, lm: LM, examples: list[Example], path: Path) -> Metrics:
@@ -52,7 +69,7 @@ class OwnData:
         row_of_piece, bytes_of_row = [], []
         for row, example in enumerate(examples):
             ids, learnt = tokens_of(example, lm.tokenizer, template)
-            if lm.tokenizer.eos_id is not None:  # so that the first token is predicted too
+            if not example.messages and lm.tokenizer.eos_id is not None:  # so that the first is predicted too
                 ids, learnt = np.insert(ids, 0, lm.tokenizer.eos_id), np.insert(learnt, 0, False)
             bytes_of_row.append(lm.tokenizer.byte_length(ids[1:][learnt[1:]]))
             for start in range(0, len(ids) - 1, window):

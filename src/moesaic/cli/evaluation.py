@@ -51,8 +51,14 @@ def eval_model(
         raise RecipeError("give --tasks NAME,NAME, --local mmlu=FOLDER or --data NAME=FILE")
     if answers is not None and not own.files:
         raise RecipeError("--answers is about the conversations of --data: give that too")
+    if (shots is not None) and not (suite.tasks or suite.local):
+        raise RecipeError("--shots is about tasks: give --tasks or --local too")
+    if twice := sorted({*suite.tasks, *suite.local} & {*own.files}):
+        raise RecipeError(f"--data {twice[0]}=…: a task has that name; choose another")
     if suite.tasks or suite.local:
         suite.check()
+    if own.files:  # before anything is computed
+        say(f"{sum(map(len, own.examples.values())):,} rows of --data")
     results = {}
     for path in models:
         say(f"evaluating {path}")

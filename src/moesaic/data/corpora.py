@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 
 from moesaic.config import Options
 from moesaic.data.cleaning import CleanOptions
-from moesaic.data.readers import hub_library, hub_rows, read_texts, text_of
+from moesaic.data.readers import hub_library, hub_rows, read_texts, stem_of, text_of
 from moesaic.errors import DataError
 from moesaic.files import write_atomic
 
@@ -267,7 +267,7 @@ def _label(pattern: str) -> str:
     """The domain of one path or glob: a file's name, or the last folder before the first wildcard."""
     path = Path(pattern).expanduser()
     if path.exists() or not glob.has_magic(str(path)):
-        return path.stem
+        return stem_of(path)
     fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
     return Path(*fixed).resolve().name or "files"
 

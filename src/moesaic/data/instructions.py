@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.data.chat import PLAIN_TEMPLATE, ChatTemplate, Message
-from moesaic.data.readers import format_of, read_rows, read_texts, text_of
+from moesaic.data.readers import format_of, read_rows, read_texts, stem_of, text_of
 from moesaic.data.tokenizers import Tokenizer
 from moesaic.errors import DataError
 
@@ -44,13 +44,13 @@ def read_examples(
     themselves may belong to another, all else is its. Raises DataError naming file and line."""
     if format_of(path) not in (".jsonl", ".json", ".parquet"):
         for text in read_texts(path, field, max_line_bytes):
-            yield Example([], text, domain or path.stem, str(path))
+            yield Example([], text, domain or stem_of(path), str(path))
         return
     for where, row in read_rows(path, max_line_bytes):
         own = row.get("domain")
         if domain and isinstance(own, str) and own and own != domain:
             continue
-        label = domain or (own if isinstance(own, str) and own else path.stem)
+        label = domain or (own if isinstance(own, str) and own else stem_of(path))
         messages = _messages(row, where)
         yield Example(messages, "" if messages else text_of(row, field, where), label, where)
 
@@ -60,10 +60,10 @@ def tokens_of(
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Token ids [T] of an example, and which of them are to be learnt [T]: the assistant's, or all of a plain
     text. Raises DataError."""
-    if not example.messages:
-        ids = tokenizer.encode(example.text)
-        return ids, np.ones(len(ids), dtype=bool)
     try:
+        if not example.messages:
+            ids = tokenizer.encode(example.text)
+            return ids, np.ones(len(ids), dtype=bool)
         text, spans = (template or ChatTemplate(PLAIN_TEMPLATE)).spans(example.messages)
         ids, start = tokenizer.encode_placed(text)
     except DataError as error:

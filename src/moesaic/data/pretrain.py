@@ -19,13 +19,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from moesaic.data.cleaning import Cleaner
 from moesaic.data.corpora import Corpus, DataOptions, cache_folder, open_corpus
 from moesaic.data.examples import prepare_examples
 from moesaic.data.preferences import prepare_preferences
 from moesaic.data.sharding import reasons_of, remove_leftovers, write_shards
 from moesaic.data.store import FORMAT, Store, TokenStore, checksum_of, sha256_of
 from moesaic.data.tokenizers import Tokenizer
-from moesaic.errors import DataError, ResourceError
+from moesaic.errors import DataError, ResourceError, Stopped
 from moesaic.files import sync_directory, write_atomic
 
 _ABANDONED = 7 * 86_400  # seconds after which an interrupted preparation that nobody went on with is removed
@@ -63,7 +64,7 @@ def prepare(
     if not _is_whole(folder, say):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(folder.parent)
+            _remove_abandoned(folder)
             _prepare_folder(folder, corpus, given, options, say, stopped)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -97,14 +98,12 @@ def _prepare_folder(
 ) -> None:
     """Build a store beside ``folder``, or finish building it, and give it that name."""
     building = folder.with_name(f".building-{folder.name}")
-    building.mkdir(exist_ok=True)
-    with _locked(building, say):
+    with _locked(building, say, stopped):
         # Who held the lock before may have finished: then there is nothing left to do, and nothing to rename.
         if _is_whole(folder, lambda sentence: None):
             with suppress(OSError):
                 building.rmdir()
             return
-        building.mkdir(exist_ok=True)
         try:
             _build(building, corpus, tokenizer, options, say, stopped)
         except DataError:  # another corpus will have another name: nobody would go on with this
@@ -129,8 +128,21 @@ def _given_tokenizer(options: DataOptions) -> tuple[Tokenizer | None, list[Any]]
     return tokenizer, ["file", tokenizer.fingerprint]
 
 
-def _trained_tokenizer(options: DataOptions, corpus: Corpus, say: Callable[[str], None]) -> Tokenizer:
-    texts = (document.text for document in corpus.documents())
+def _trained_tokenizer(
+    options: DataOptions, corpus: Corpus, say: Callable[[str], None], stopped: Callable[[], bool]
+) -> Tokenizer:
+    """A tokenizer of the text as it will be tokenised: mended, and without what is left out."""
+    cleaner = Cleaner(options.clean)
+
+    def cleaned() -> Iterator[str]:
+        for document in corpus.documents():
+            if stopped():
+                raise Stopped("stopped while training a tokenizer; the same command begins that again")
+            text = cleaner.text(document.text)
+            if text:
+                yield text
+
+    texts = cleaned()
     if options.tokenizer == "char":
         return Tokenizer.char(texts)
     say(f"training a BPE tokenizer of {options.vocab_size:,} tokens")
@@ -148,7 +160,7 @@ def _build(
     """Write every file of a token store; ``meta.json``, which makes it one, comes last."""
     trained = folder / "tokenizer.json"
     tokenizer = given or (Tokenizer.load(trained) if trained.exists() else None)
-    tokenizer = tokenizer or _trained_tokenizer(options, corpus, say)
+    tokenizer = tokenizer or _trained_tokenizer(options, corpus, say, stopped)
     tokenizer.save(trained)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     journal = write_shards(folder, corpus, tokenizer, options, dtype, say, stopped)
@@ -180,27 +192,52 @@ def _build(
 
 
 @contextmanager
-def _locked(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock of a folder, which the kernel drops with the process. Waits for another's, and says so;
-    without ``say``, raises BlockingIOError instead."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+def _locked(
+    folder: Path,
+    say: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """Hold the lock of a folder, made where it is not there; the kernel drops it with the process. Waits for
+    another's, and says so; without ``say``, raises BlockingIOError instead. Raises Stopped."""
+    told = False
+    while True:
+        if say is not None:
+            folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it may have renamed or removed the folder: then this is the lock of nothing.
+            if _is_same(descriptor, folder):
+                yield
+                return
         except BlockingIOError:
             if say is None:
                 raise
-            say("another process is preparing this text; waiting for it")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+            if not told:
+                say("another process is preparing this text; waiting for it")
+                told = True
+            if stopped():
+                raise Stopped("stopped while waiting for another preparation of this text") from None
+            time.sleep(0.1)
+        finally:
+            os.close(descriptor)
 
 
-def _remove_abandoned(cache: Path) -> None:
-    """Remove what interrupted preparations have left that nobody went on with; those that live hold their
-    folder's lock."""
-    for path in cache.glob(".building-*"):
+def _is_same(descriptor: int, folder: Path) -> bool:
+    try:
+        there = folder.stat()
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(descriptor)
+    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what interrupted preparations of other texts than ``folder``'s have left, long ago; those that
+    live hold their folder's lock."""
+    for path in folder.parent.glob(".building-*"):
+        if path.name == f".building-{folder.name}":
+            continue
         with suppress(OSError):  # one that is gone was another's to remove
             if time.time() - path.stat().st_mtime > _ABANDONED:
                 with _locked(path):

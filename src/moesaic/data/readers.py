@@ -137,6 +137,11 @@ def read_texts(path: Path, field: str, max_line_bytes: int) -> Iterator[str]:
     yield from READERS.get(format_of(path), _read_text)(path, field, max_line_bytes)
 
 
+def stem_of(path: Path) -> str:
+    """A file's name without its ending, and without that of its compression."""
+    return Path(path.stem).stem if path.suffix.lower() in _COMPRESSED else path.stem
+
+
 def format_of(path: Path) -> str:
     """A file's ending in lower case, without that of its compression."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
@@ -169,7 +174,39 @@ def _open_zst(path: Path) -> Opened:
         import zstandard
     except ImportError:
         raise DataError(f"{path}: .zst needs zstandard: pip install 'moesaic[zstd]'") from None
-    return io.BufferedReader(zstandard.open(path, "rb")), (zstandard.ZstdError,)
+    return io.BufferedReader(_Zst(path, zstandard)), (zstandard.ZstdError, EOFError)
+
+
+class _Zst(io.RawIOBase):
+    """Frames one after the other; the library's own stream takes a frame that is cut off for a whole one."""
+
+    def __init__(self, path: Path, zstandard: Any) -> None:
+        self._file, self._new = path.open("rb"), zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._ready, self._ahead = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        while not self._ready:
+            data = self._ahead or self._file.read(2**16)
+            self._ahead = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("it is cut off")
+                return 0
+            self._frame = self._frame or self._new()
+            self._ready = self._frame.decompress(data)
+            if self._frame.eof:
+                self._ahead, self._frame = self._frame.unused_data, None
+        size = min(len(into), len(self._ready))
+        into[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 _COMPRESSED: dict[str, Callable[[Path], Opened]] = {".gz": _open_gz, ".zst": _open_zst}

@@ -181,6 +181,8 @@ class _Writer:
         dropped = self.cleaner.dropped
         self.cleaner.dropped = Counter()
         for document in islice(documents, self.journal.read):
+            if self.stopped():
+                raise Stopped("stopped while preparing text; the same command goes on from here")
             if self.cleaner.remembers:
                 self.cleaner.text(document.text)
         self.cleaner.dropped = dropped

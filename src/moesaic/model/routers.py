@@ -8,6 +8,7 @@ precision of the rest: a bf16 softmax over 64 experts cannot tell close experts 
 Shape legend: T tokens (batch and positions flattened), D width, E experts, K choices per token.
 """
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import torch
@@ -44,10 +45,9 @@ class BaseRouterOptions(Options):
 class TokenChoiceOptions(BaseRouterOptions):
     """Routers where tokens choose; each expert may be limited to a capacity.
 
-    With a capacity factor c an expert carries out at most floor(c·T·top_k/E) choices of one call
-    and drops the later ones, in arrival order. Evaluation and generation are dropless unless
-    ``eval_capacity_factor`` says otherwise: a drop there makes a text's probability depend on what
-    else shares its batch, and decoding with a cache differ from decoding without.
+    With a capacity factor c an expert carries out at most floor(c·T·top_k/E) choices of one call and drops
+    the later ones, in arrival order. Evaluation and generation drop nothing unless ``eval_capacity_factor``
+    says so: a text's probability would depend on what else shares its batch, and decoding on its cache.
     """
 
     capacity_factor: float | None = Field(None, gt=0)
@@ -210,9 +210,8 @@ class ExpertChoiceOptions(BaseRouterOptions):
 class ExpertChoice(Router):
     """Each expert takes its T·top_k/E best tokens (Zhou et al. 2022, arXiv 2202.09368, section 3.2).
 
-    Perfectly balanced, but whether a token is taken depends on later tokens, so the training loss
-    is not a likelihood. Outside training each token therefore takes its top_k experts by the same
-    scores: causal, equal with and without a cache, and an honest held-out loss.
+    Perfectly balanced, but whether a token is taken depends on later tokens, so the training loss is not a
+    likelihood. Outside training each token takes its top_k experts by the same scores: causal, and honest.
     """
 
     options: ExpertChoiceOptions
@@ -278,7 +277,11 @@ class LossFree(Router):
 class SmartOptions(TokenChoiceOptions):
     """ARCHE3's router: between ``min_k`` and ``top_k`` experts, as many as reach ``mass``.
 
-    Its entropy bonus is the recipe key ``loss.entropy``, open to every router.
+    With ``keys = "product"`` an expert's logit is the sum of two, of a key of the first half of the token and
+    of one of the second: 128 keys stand for 4,096 experts and cost 1.6 % of scoring them all. ``budget``:
+    while training, the tokens of one call share so many experts, drawn by the probability that they have from
+    all tokens together, so that what is moved from disk is bounded and every expert has its turn; evaluation
+    and generation know no budget. Its entropy bonus is the recipe key ``loss.entropy``, open to every router.
     """
 
     kind: Literal["smart"] = "smart"
@@ -286,6 +289,8 @@ class SmartOptions(TokenChoiceOptions):
     min_k: int = Field(2, ge=1)
     mass: float = Field(0.7, gt=0, le=1)
     jitter: float = Field(0.01, ge=0, lt=1)
+    keys: Literal["full", "product"] = "full"
+    budget: int | None = Field(None, ge=1)
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -295,37 +300,82 @@ class SmartOptions(TokenChoiceOptions):
     def _ordered(self) -> "SmartOptions":
         if self.min_k > self.top_k:
             raise ValueError(f"min_k = {self.min_k} is above top_k = {self.top_k}")
+        if self.budget is not None and self.budget < self.top_k:
+            raise ValueError(f"budget = {self.budget} is below top_k = {self.top_k}")
+        if self.keys == "product" and self.bias:
+            raise ValueError("keys = 'product' has no bias; set it to false")
         return self
 
     def parameters(self, width: int, num_experts: int) -> int:
+        if self.keys == "product":
+            return sum(product_keys(num_experts)) * (width // 2) + 1
         return super().parameters(width, num_experts) + 1
+
+    def multiply_adds(self, width: int, num_experts: int) -> int:
+        if self.keys == "product":
+            return sum(product_keys(num_experts)) * (width // 2)
+        return super().multiply_adds(width, num_experts)
+
+
+def product_keys(num_experts: int) -> tuple[int, int]:
+    """How many keys of each half stand for so many experts: two factors as near to each other as can be."""
+    first = next(n for n in range(math.isqrt(num_experts), 0, -1) if num_experts % n == 0)
+    return first, num_experts // first
 
 
 class Smart(Router):
     """A dynamic number of experts by probability mass (as in Huang et al. 2024, arXiv 2403.07652),
     with multiplicative input jitter while training (Switch, arXiv 2101.03961) and a learned
-    temperature exp(``log_temperature``).
+    temperature exp(``log_temperature``). Product keys are those of He 2024 (PEER, arXiv 2407.04153) and
+    Lample et al. 2019, all sums of which are made here: they are few beside the experts' work, and the
+    balance loss reads them.
     """
 
     options: SmartOptions
 
     def __init__(self, options: SmartOptions, width: int, num_experts: int) -> None:
         super().__init__(options, width, num_experts)
+        if options.keys == "product":
+            self.weight = nn.Parameter(torch.empty(sum(product_keys(num_experts)), width // 2))
         self.log_temperature = nn.Parameter(torch.zeros(()))
 
     def route(self, x_TD: Tensor, real_T: Tensor | None) -> Routing:
         jitter = self.options.jitter
         if self.training and jitter > 0:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
-        logits_TE = self.linear(x_TD) / self.log_temperature.float().exp()
+        scores_TE = self._products(x_TD) if self.options.keys == "product" else self.linear(x_TD)
+        logits_TE = scores_TE / self.log_temperature.float().exp()
         probs_TE = logits_TE.softmax(-1)
-        prob_TK, expert_TK = probs_TE.topk(self.options.top_k, dim=-1)
+        if self.training and self.options.budget is not None and self.options.budget < self.num_experts:
+            allowed_E = self._drawn(probs_TE.detach(), real_T)
+            shown_TE = probs_TE.masked_fill(~allowed_E, 0.0)
+            prob_TK, expert_TK = (shown_TE / shown_TE.sum(-1, keepdim=True)).topk(self.options.top_k, dim=-1)
+        else:
+            prob_TK, expert_TK = probs_TE.topk(self.options.top_k, dim=-1)
         before_TK = prob_TK.detach().cumsum(-1) - prob_TK.detach()
         wanted_TK = before_TK < self.options.mass
         wanted_TK[:, : self.options.min_k] = True
         weight_TK = prob_TK * wanted_TK
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         return self.choose(weight_TK, expert_TK, logits_TE, probs_TE, real_T, wanted_TK)
+
+    def _products(self, x_TD: Tensor) -> Tensor:
+        """The sums of both halves' scores, [T, E]: expert i · n2 + j has key i of the first and j of the
+        second."""
+        first, _ = product_keys(self.num_experts)
+        half = self.weight.shape[1]
+        one_TI = F.linear(x_TD[:, :half], self.weight[:first].float())
+        two_TJ = F.linear(x_TD[:, half : 2 * half], self.weight[first:].float())
+        return (one_TI[:, :, None] + two_TJ[:, None, :]).flatten(1)
+
+    def _drawn(self, probs_TE: Tensor, real_T: Tensor | None) -> Tensor:
+        """Which experts a call may use, bool [E]: ``budget`` of them, without replacement, by their share of
+        all probability (Gumbel top-k, Kool et al. 2019, arXiv 1903.06059). The most likely ones alone would
+        stay so for ever, and the others never be seen."""
+        mass_E = (probs_TE if real_T is None else probs_TE[real_T]).sum(0)
+        gumbel_E = -torch.empty_like(mass_E).exponential_().log()
+        chosen = (mass_E.clamp_min(1e-20).log() + gumbel_E).topk(int(self.options.budget or 0)).indices
+        return torch.zeros_like(mass_E, dtype=torch.bool).index_fill_(0, chosen, True)
 
 
 ROUTERS: dict[str, tuple[type[BaseRouterOptions], type[Router]]] = {

@@ -13,7 +13,7 @@ from moesaic.analysis.evaluate import Evaluation, evaluate
 from moesaic.analysis.plots import load_heatmap, loss_curve, specialisation_heatmap
 from moesaic.analysis.routing import counts_per_layer, dropped_share, specialisation, summarise_load
 from moesaic.data.preferences import PreferenceStore
-from moesaic.errors import DivergedError, RecipeError, ResourceError, Stopped
+from moesaic.errors import DataError, DivergedError, RecipeError, ResourceError, Stopped
 from moesaic.files import RunLock, explained
 from moesaic.generate import SampleOptions, stream
 from moesaic.train.interrupt import Interrupt
@@ -212,30 +212,37 @@ def _evaluate(session: Session, progress: Progress, log: Logger) -> Evaluation:
         row |= {f"pairs_{name}": value for name, value in pairs.items()}
         shown = ", ".join(f"{name} {pairs[name]:.4f}" for name in ("main", "accuracy", "margin"))
         said = f"{said}; held-out pairs: {shown.replace('main', 'loss')}"
-    log.say(said)
-    row |= _asked(session, log)
     log.row(row)
+    log.say(said)
+    _ask(session, progress, log)
     if session.recipe.eval.sample and progress.step < session.recipe.train.steps:
         log.say(_indent(sample_text(session, session.recipe.eval.sample)))
     return result
 
 
-def _asked(session: Session, log: Logger) -> dict[str, float]:
-    """What the model answers to the tasks of ``eval``, as task/metric."""
+def _ask(session: Session, progress: Progress, log: Logger) -> None:
+    """Ask the tasks of ``eval``, and write a row of task/metric. A run does not end because a question could
+    not be fetched."""
     if not (session.recipe.eval.tasks or session.recipe.eval.local):
-        return {}
+        return
     was_training = session.model.training
-    with session.precision():
-        results = session.suite().run(session.lm(), log.say)
-    session.model.train(was_training)
+    try:
+        with session.precision():
+            results = session.suite().run(session.lm(), log.say)
+    except DataError as error:
+        log.say(f"eval.tasks: not asked at step {progress.step}: {error}")
+        return
+    finally:
+        session.model.train(was_training)
     found = {
         f"{task}/{metric}": value
         for task, metrics in results.items()
         for metric, value in metrics.items()
         if "stderr" not in metric and metric != "samples"
     }
+    now = {"step": progress.step, "split": "tasks", "tokens": progress.tokens, "time": progress.seconds}
+    log.row({**now, **found})
     log.say("    " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-    return found
 
 
 @torch.no_grad()

@@ -147,6 +147,8 @@ def plan(recipe: Recipe, cluster: Cluster | None) -> Report:
         raise RecipeError(
             "model.vocab_size: say it, to plan without data; it comes from the tokenizer otherwise"
         )
+    if options.epochs is not None and "steps" not in options.model_fields_set:
+        raise RecipeError("train.steps: say it, to plan without data; this recipe counts in epochs")
     counts = config.parameters()
     tokens = options.batch_size * options.seq_len * (2 if recipe.data.source == "preferences" else 1)
     flops = 3 * tokens * config.flops_per_token(options.seq_len) * options.steps

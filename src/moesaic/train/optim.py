@@ -211,12 +211,15 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
 def load_optimizer_tensors(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what ``optimizer_tensors`` took. Raises KeyError for a parameter the model lacks."""
+    """Put back what ``optimizer_tensors`` took. Raises KeyError for a parameter that the model
+    lacks or does not train."""
     parameters = dict(model.named_parameters())
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters[name]
+        if parameter not in owner:
+            raise KeyError(name)
         # A clone: what a checkpoint gives are maps of its files, which pruning will remove.
         owner[parameter].state[parameter][key] = tensor.to(parameter.device).clone()
 

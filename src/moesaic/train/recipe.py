@@ -75,6 +75,12 @@ class EvalOptions(Options):
     shots: int | None = Field(None, ge=0)
     limit: int | None = Field(None, ge=1)
 
+    @model_validator(mode="after")
+    def _asks_something(self) -> "EvalOptions":
+        if not self.tasks and not self.local and (self.shots, self.limit) != (None, None):
+            raise ValueError("shots and limit are about tasks: give eval.tasks or eval.local too")
+        return self
+
 
 class Recipe(Options):
     """One run. ``out`` defaults to runs/NAME, or the next free runs/NAME-2 …"""
@@ -129,6 +135,8 @@ class Recipe(Options):
             raise ValueError("offload.memory: experts on disk are AdamW's; set optim.kind to adamw")
         if self.offload.memory is not None and self.train.lora is not None:
             raise ValueError("offload.memory and train.lora do not go together: experts on disk train whole")
+        if self.start_optimizer and self.train.lora is not None:
+            raise ValueError("start_optimizer and train.lora do not go together: factors begin anew")
         if (self.data.pack or self.data.document_mask) and self.model.conv:
             key = "pack" if self.data.pack else "document_mask"
             raise ValueError(f"data.{key}: model.conv looks across the borders of documents; set it to 0")

@@ -19,7 +19,7 @@ from moesaic.data.store import Store
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import human_size
 from moesaic.lm import LM
-from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
+from moesaic.machine import keep_freed_memory, multiplies_bf16, return_freed_memory, total_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.lora import add_lora
 from moesaic.model.transformer import LanguageModel
@@ -179,7 +179,8 @@ def build_session(
 ) -> Session:
     """Prepare the data, then build and seed the model; prints what trains through ``say``. Raises Stopped
     once ``stopped`` says so while text is prepared. ``run`` is where experts on disk are kept."""
-    keep_freed_memory()
+    # Experts on disk keep a promise of memory; what else is freed is given back then.
+    (keep_freed_memory if recipe.offload.memory is None else return_freed_memory)()
     if recipe.start is None:
         _check_needs_no_model(recipe)
     device = _device(recipe)
@@ -214,7 +215,8 @@ def build_session(
     model.to(device)
     _say_what_trains(model, recipe, say)
     optimizers = build_optimizers(model, recipe.optim)
-    if recipe.start_optimizer:
+    resumes = run is not None and any((run / "checkpoints").glob("step-*"))
+    if recipe.start_optimizer and not resumes:
         take_optimizer(model, optimizers, str(recipe.start))
     session = Session(
         recipe=recipe,
