@@ -22,8 +22,9 @@ CONSTANTS = AdamW(0.9, 0.95, 1e-8, 0.1)
 def options(
     kind: FFNKind = "swiglu", weights: WeightKind = "fp32", moments: MomentKind | None = "fp32", **more: Any
 ) -> StoreOptions:
+    hidden = more.pop("hidden", H)
     settings = {"layers": L, "experts": E, "seed": 7, "std": (0.2, 0.2), **more}
-    return StoreOptions(Layout(ExpertShape(kind, D, H), weights, moments), **settings)
+    return StoreOptions(Layout(ExpertShape(kind, D, hidden), weights, moments), **settings)
 
 
 def disk(folder: Path, given: StoreOptions | None = None, slots: int = 40, **more: Any) -> DiskExperts:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from moesaic.errors import RecipeError
 from moesaic.model.experts import Experts, FFNKind
+from moesaic.native import library
+from moesaic.offload import adamw
 from moesaic.offload.experts import DiskExperts
 from moesaic.offload.factors import Factors, merged
 from moesaic.offload.records import MomentKind, WeightKind
@@ -78,8 +80,32 @@ def train(ours: DiskExperts, steps: range, scale: float = 1.0) -> None:
         ours.update(ours.take_factors(), 3e-3 * min(1.0, step / 10), scale)
 
 
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("mode", ["exact", "lazy"])
+def test_kernels_and_pytorch_agree(
+    tmp_path: Path, weights: WeightKind, moments: MomentKind, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library.available():
+        pytest.skip("no compiler here")
+    given, found = options(weights=weights, moments=moments, hidden=40), []
+    for native in (True, False):
+        monkeypatch.setattr(adamw.library, "available", lambda native=native: native)
+        ours = disk(tmp_path / str(native), given, mode=mode)
+        train(ours, range(1, 30), 0.7)
+        found.append(weights_of(ours))
+    begun = weights_of(disk(tmp_path / "begun", given))
+    moved = (found[1] - begun).norm()
+    difference = found[0] - found[1]
+    if weights == "bf16":  # rounded by different dice, but by the same odds
+        assert abs(float(difference.mean())) < 3e-4
+        assert float(difference.abs().max()) < 0.05
+    else:
+        assert float(difference.norm() / moved) < (0.03 if moments != "fp32" else 1e-5)
+
+
 def weights_of(ours: DiskExperts) -> Tensor:
-    each = [[ours.gather(layer, [e], False).float() for e in range(E)] for layer in range(L)]
+    each = [[ours.gather(layer, [e], torch.float32) for e in range(E)] for layer in range(L)]
     return torch.stack([torch.cat(layer) for layer in each])
 
 
@@ -181,5 +207,5 @@ def test_what_it_cannot_compute_is_said(tmp_path: Path) -> None:
         disk(tmp_path / "other", slots=1)
     small = disk(tmp_path / "third", slots=3)
     with pytest.raises(RecipeError, match=r"3 experts of .* fit, but .* needs 12 at once; give"):
-        small.gather(0, list(range(E)), False)
+        small.gather(0, list(range(E)), torch.float32)
     assert (CONSTANTS.beta1, D, H) == (0.9, 8, 6)

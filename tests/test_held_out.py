@@ -117,7 +117,10 @@ def test_the_command_measures_files_beside_each_other(
         (["eval", str(lm.path), "--data", f"x={tmp_path / 't.jsonl'}", "--answers", "999"], "no room for"),
         (["eval", str(lm.path), "--data", f"x={tmp_path / 't.jsonl'}", "--shots", "2"], "--shots is about"),
         (["eval", str(lm.path), "--data", "mmlu=x", "--local", "mmlu=x"], "a task has that name"),
-        (["eval", str(lm.path), "--data", f"x={tmp_path / 'p.txt'}", "--answers", "3"], "holds a conversation"),
+        (
+            ["eval", str(lm.path), "--data", f"x={tmp_path / 'p.txt'}", "--answers", "3"],
+            "holds a conversation",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["moesaic", *bad])
         with pytest.raises(SystemExit) as failed:

@@ -20,7 +20,7 @@ import torch  # noqa: F401  # its OpenMP must be in the process first: the kerne
 
 FOLDER = Path(__file__).parent
 # No -ffast-math: linked into a library it makes the whole process flush denormal numbers to zero.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "MOESAIC_NATIVE"
 
 

@@ -27,8 +27,8 @@ class Source(Protocol):
     shape: ExpertShape
     chunk: int  # experts to gather at once
 
-    def gather(self, layer: int, experts: Sequence[int], learn: bool) -> Tensor:
-        """Weights [U, P] of experts as they are now, a copy; with ``learn`` they are about to be trained."""
+    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Weights [U, P] of experts as they are now, a copy, float32 or bfloat16."""
         ...
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -96,7 +96,7 @@ class _Offloaded(torch.autograd.Function):
         weight_R1 = dispatch.weight_R(weight_TK).to(x_TD.dtype)[:, None]
         chunks = list(_chunks(dispatch, bank.source.chunk))
         for number, (experts, counts, rows) in enumerate(chunks):
-            first, down = shape.matrices(bank.source.gather(bank.layer, experts, learn).to(x_TD.dtype))
+            first, down = shape.matrices(bank.source.gather(bank.layer, experts, x_TD.dtype))
             if number + 1 < len(chunks):
                 bank.source.prefetch(bank.layer, chunks[number + 1][0])
             group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device)
@@ -121,7 +121,7 @@ class _Offloaded(torch.autograd.Function):
         dz_RG, a_RH = torch.empty_like(z_RG), x_TD.new_empty(R, shape.hidden)
         dy_RD = dy_TD.to(x_TD.dtype).index_select(0, dispatch.token_R)
         for number, (experts, counts, rows) in reversed(list(enumerate(chunks))):
-            first, down = shape.matrices(bank.source.gather(bank.layer, experts, False).to(x_TD.dtype))
+            first, down = shape.matrices(bank.source.gather(bank.layer, experts, x_TD.dtype))
             if number:
                 bank.source.prefetch(bank.layer, chunks[number - 1][0])
             group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device)
