@@ -46,9 +46,10 @@ class DataOptions(Options):
     """Which text to train on, how it becomes tokens, and how much of it is held out."""
 
     # random: letters without sense, to see that a machine runs; it teaches nothing.
-    source: Literal["stdlib", "tiny_shakespeare", "files", "hub", "instructions", "preferences", "random"] = (
-        "stdlib"
-    )
+    # curriculum: structured patterns (curriculum.py), those that come along or files of one's own.
+    source: Literal[
+        "stdlib", "tiny_shakespeare", "files", "hub", "instructions", "preferences", "curriculum", "random"
+    ] = "stdlib"
     # A file or a glob (``**`` and ``~`` are understood), several, or domain label -> glob. A file's domain is
     # its name, a glob's the last folder before its first wildcard.
     path: str | list[str] | dict[str, str] | None = None
@@ -90,11 +91,11 @@ class DataOptions(Options):
             raise ValueError('join and pack are for source="instructions"')
         if self.source not in ("instructions", "preferences") and self.template:
             raise ValueError('template is for source="instructions" and source="preferences"')
-        talks = self.source in ("instructions", "preferences")
+        talks = self.source in ("instructions", "preferences", "curriculum")
         if talks and (self.clean != CleanOptions() or self.document_mask):
             raise ValueError("clean and document_mask are for texts, not for conversations")
         if self.weights is not None:
-            if self.source in ("instructions", "preferences"):
+            if talks:
                 raise ValueError(
                     "weights mix texts; instructions and preferences are drawn as often as they occur"
                 )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moesaic.data import epochs
 from moesaic.data.chat import ChatTemplate, load_template
 from moesaic.data.corpora import DataOptions, files_by_domain
+from moesaic.data.curriculum import Pattern, builtin_patterns, by_domain, read_patterns
 from moesaic.data.epochs import taken
 from moesaic.data.instructions import read_examples, split_key, tokens_of, which_held_out
 from moesaic.data.store import IGNORED, Split, Windows, generator_of
@@ -69,10 +70,15 @@ class ExampleStore:
     def domains(self) -> list[str]:
         return [shard.domain for shard in self.shards]
 
-    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
+    def batch(
+        self, seed: int, step: int, batch_size: int, seq_len: int, domain: str | None = None
+    ) -> Windows:
         """The next examples of the epoch, each from its beginning, cut to ``seq_len``; some are half of one
         and then half of another (``data.join``), if both halves have something to learn; a row is one, or is
-        filled up with more (``data.pack``)."""
+        filled up with more (``data.pack``). Those of one ``domain`` are as they are."""
+        if domain is not None:
+            own = self.shards[self.domains.index(domain)].train
+            return padded([own[n] for n in taken(seed, step, batch_size, len(own)).tolist()], seq_len)
         if self.pack:
             first = batch_size * (max(step, 1) - 1)
             rows = [self._packed_row(seed, first + n, seq_len) for n in range(batch_size)]
@@ -181,6 +187,52 @@ def prepare_examples(
                 )
     if not domains:
         raise DataError(f"data.path: no example has anything to learn in train.seq_len = {seq_len} tokens")
+    shards, digest = _held_apart(domains, options, tokenizer, say)
+    notes = [f"{lost:,} examples have nothing to learn in {seq_len} tokens; left out"] if lost else []
+    fingerprint = hashlib.sha256(f"{digest} {options.val_fraction} {seq_len}".encode()).hexdigest()
+    return ExampleStore(shards, tokenizer, fingerprint, notes, options.join, options.pack)
+
+
+def prepare_curriculum(
+    options: DataOptions, tokenizer: Tokenizer, seq_len: int, say: Callable[[str], None]
+) -> ExampleStore:
+    """The tasks of all patterns as examples, of which only what is to be produced is learnt, and the end of
+    the text after it; about ``val_fraction`` of each domain's patterns are held out, with all their tasks.
+
+    Of a task that is longer than ``seq_len`` tokens the beginning is cut off. Raises DataError.
+    """
+    domains: dict[str, list[tuple[str, Coded]]] = {}
+    for name, patterns in by_domain(patterns_of(options)).items():
+        for pattern in patterns[: options.max_documents]:
+            key = hashlib.sha256(f"{pattern.title} {pattern.parts['observe']}".encode()).hexdigest()
+            for given, wanted in pattern.tasks():
+                domains.setdefault(name, []).append((key, _task(given, wanted, tokenizer, seq_len)))
+    shards, digest = _held_apart(domains, options.model_copy(update={"max_documents": None}), tokenizer, say)
+    fingerprint = hashlib.sha256(f"{digest} {options.val_fraction} {seq_len}".encode()).hexdigest()
+    return ExampleStore(shards, tokenizer, fingerprint, [])
+
+
+def patterns_of(options: DataOptions) -> list[Pattern]:
+    """The patterns that the options name, those that come along by default. Raises DataError."""
+    files = files_by_domain(options) if options.path else {"": [builtin_patterns()]}
+    return [pattern for paths in files.values() for path in paths for pattern in read_patterns(path)]
+
+
+def _task(given: str, wanted: str, tokenizer: Tokenizer, seq_len: int) -> Coded:
+    ids, start = tokenizer.encode_placed(given + wanted)
+    learnt = start >= len(given)
+    if tokenizer.eos_id is not None:
+        ids, learnt = np.append(ids, np.int32(tokenizer.eos_id)), np.append(learnt, True)
+    return ids[-(seq_len + 1) :], learnt[-(seq_len + 1) :]
+
+
+def _held_apart(
+    domains: dict[str, list[tuple[str, Coded]]],
+    options: DataOptions,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
+) -> tuple[list[Domain], str]:
+    """Each domain's examples, some of them held out by their keys, and a hash of all."""
     shards, digest = [], hashlib.sha256(tokenizer.fingerprint.encode())
     for label, found in domains.items():
         # Ordered by the end of the key: its beginning says what is held out.
@@ -194,9 +246,7 @@ def prepare_examples(
         digest.update("".join([label, *(key for key, _ in found)]).encode())
         digest.update(b"".join(ids.tobytes() for _, (ids, _) in found))
         say(f"{label}: {len(found):,} examples, {len(val):,} held out, {shards[-1].tokens:,} targets")
-    notes = [f"{lost:,} examples have nothing to learn in {seq_len} tokens; left out"] if lost else []
-    digest.update(f"{options.val_fraction} {seq_len}".encode())
-    return ExampleStore(shards, tokenizer, digest.hexdigest(), notes, options.join, options.pack)
+    return shards, digest.hexdigest()
 
 
 def join_examples(first: Coded, second: Coded, seq_len: int) -> Coded:

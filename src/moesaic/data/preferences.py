@@ -70,9 +70,19 @@ class PreferenceStore:
     def domains(self) -> list[str]:
         return [shard.domain for shard in self.shards]
 
-    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
+    def batch(
+        self, seed: int, step: int, batch_size: int, seq_len: int, domain: str | None = None
+    ) -> Windows:
         """``batch_size`` pairs, which are twice as many rows."""
-        return self.windows("train", taken(seed, step, batch_size, len(self.pairs["train"])).tolist())
+        first, size = self._places(domain)
+        return self.windows("train", (first + taken(seed, step, batch_size, size)).tolist())
+
+    def _places(self, domain: str | None) -> tuple[int, int]:
+        """Where the training pairs of a domain, or all, begin among all, and how many they are."""
+        if domain is None:
+            return 0, len(self.pairs["train"])
+        number = self.domains.index(domain)
+        return sum(len(shard.train) for shard in self.shards[:number]), len(self.shards[number].train)
 
     def rows_per_epoch(self, seed: int, seq_len: int) -> int:
         """Pairs: a step's ``batch_size`` counts these."""

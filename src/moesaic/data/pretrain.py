@@ -21,7 +21,7 @@ from typing import Any
 
 from moesaic.data.cleaning import Cleaner
 from moesaic.data.corpora import Corpus, DataOptions, cache_folder, open_corpus
-from moesaic.data.examples import prepare_examples
+from moesaic.data.examples import patterns_of, prepare_curriculum, prepare_examples
 from moesaic.data.preferences import prepare_preferences
 from moesaic.data.sharding import reasons_of, remove_leftovers, write_shards
 from moesaic.data.store import FORMAT, Store, TokenStore, checksum_of, sha256_of
@@ -47,6 +47,8 @@ def prepare(
     ``stopped`` says so; after the last two the same call goes on where it was.
     """
     say = progress or (lambda sentence: None)
+    if options.source == "curriculum":
+        return prepare_curriculum(options, _tokenizer_of_patterns(options, say), seq_len, say)
     if options.source in ("instructions", "preferences"):
         tokenizer, _ = _given_tokenizer(options)
         if tokenizer is None:
@@ -75,6 +77,18 @@ def prepare(
             reason = f"cannot be written ({error.strerror})"
             raise DataError(f"{folder.parent}: {reason}; set data.cache") from None
     return TokenStore(folder, options.weights, options.document_mask)
+
+
+def _tokenizer_of_patterns(options: DataOptions, say: Callable[[str], None]) -> Tokenizer:
+    """The one that is given, or one trained on the patterns' own words."""
+    given, _ = _given_tokenizer(options)
+    if given is not None:
+        return given
+    texts = (given + wanted for pattern in patterns_of(options) for given, wanted in pattern.tasks())
+    if options.tokenizer == "char":
+        return Tokenizer.char(texts)
+    say(f"training a BPE tokenizer of {options.vocab_size:,} tokens")
+    return Tokenizer.bpe(texts, options.vocab_size)
 
 
 def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:

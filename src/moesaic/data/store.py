@@ -83,8 +83,10 @@ class Store(Protocol):
     def domains(self) -> list[str]: ...
     @property
     def shards(self) -> Sequence[Part]: ...
-    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
-        """The training batch of a step, which depends on the arguments alone."""
+    def batch(
+        self, seed: int, step: int, batch_size: int, seq_len: int, domain: str | None = None
+    ) -> Windows:
+        """The training batch of a step, of one domain or of all; it depends on the arguments alone."""
         ...
 
     def rows_per_epoch(self, seed: int, seq_len: int) -> int:
@@ -149,7 +151,9 @@ class TokenStore:
             if self._ends is not None:
                 self._ends.append(np.asarray(np.memmap(ends, np.int64, mode="r")))
 
-    def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Windows:
+    def batch(
+        self, seed: int, step: int, batch_size: int, seq_len: int, domain: str | None = None
+    ) -> Windows:
         """Random windows of the training part.
 
         Starts are uniform over every position of every domain with room for T + 1 tokens, or of a domain that
@@ -158,7 +162,7 @@ class TokenStore:
         """
         import torch
 
-        domain_B, start_B = self._draw(seed, step, batch_size, seq_len)
+        domain_B, start_B = self._draw(seed, step, batch_size, seq_len, domain)
         pairs = list(zip(domain_B.tolist(), start_B.tolist(), strict=True))
         rows = np.stack([self._train[domain][start : start + seq_len + 1] for domain, start in pairs])
         window_BT1 = torch.from_numpy(rows.astype(np.int64))
@@ -183,25 +187,31 @@ class TokenStore:
         return max(1, self.train_tokens // seq_len)
 
     def _draw(
-        self, seed: int, step: int, batch_size: int, seq_len: int
+        self, seed: int, step: int, batch_size: int, seq_len: int, domain: str | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         starts_D = self._starts.get(seq_len)
         if starts_D is None:
             starts_D = self._starts[seq_len] = self._valid_starts(seq_len)
+        if domain is not None:
+            only_D = np.array([float(name == domain) for name in self.domains])
+            return self._draw_weighted(starts_D, generator_of(seed, step), batch_size, only_D)
         if self._weight_D is not None:
-            return self._draw_weighted(starts_D, generator_of(seed, step), batch_size)
+            return self._draw_weighted(starts_D, generator_of(seed, step), batch_size, self._weight_D)
         end_D = starts_D.cumsum()
         position_B = generator_of(seed, step).integers(0, end_D[-1], batch_size)
         domain_B = np.searchsorted(end_D, position_B, side="right")
         return domain_B, position_B - (end_D - starts_D)[domain_B]
 
     def _draw_weighted(
-        self, starts_D: NDArray[np.int64], generator: np.random.Generator, batch_size: int
+        self,
+        starts_D: NDArray[np.int64],
+        generator: np.random.Generator,
+        batch_size: int,
+        weight_D: NDArray[np.float64],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        assert self._weight_D is not None
-        share_D = self._weight_D * (starts_D > 0)  # a domain without a window has nothing to give
+        share_D = weight_D * (starts_D > 0)  # a domain without a window has nothing to give
         if not share_D.any():
-            raise DataError("data.weights: no domain with a weight is as long as train.seq_len; lower that")
+            raise DataError("no domain that is to be drawn from is as long as train.seq_len; lower that")
         domain_B = generator.choice(len(share_D), batch_size, p=share_D / share_D.sum())
         return domain_B, generator.integers(0, starts_D[domain_B])
 

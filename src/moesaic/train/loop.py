@@ -69,6 +69,7 @@ def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrup
         step = progress.step + 1
         started = time.perf_counter()
 
+        stage = None  # of the curriculum, that has ended with this step
         # ---- one step ---------------------------------------------------------------------------
         if step not in progress.passed_over:
             set_learning_rate(session.optimizers, schedule_factor(recipe.schedule, step, options.steps))
@@ -78,8 +79,11 @@ def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrup
                 meter = _Meter()
                 continue
             meter.add(loss, norm, time.perf_counter() - started)
+            stage = session.curriculum.after_step(_mean_loss(loss))
             if log.due(step):
                 log.progress(step, *meter.now(options))
+        else:
+            session.curriculum.pass_over()
         progress.step = step
         progress.tokens += options.batch_size * options.seq_len
         progress.seconds += time.perf_counter() - started
@@ -91,7 +95,11 @@ def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrup
             meter = _Meter()
         if step % recipe.eval.every == 0 or last:
             _evaluate(session, progress, log)
-        if step % recipe.checkpoint.every == 0 or last or interrupt.requested:
+        if stage is not None:
+            log.row({"step": step, "split": "stage", **stage})
+            losses = f"loss {stage['first']:.3f} at first, now {stage['recent']:.3f}"
+            log.say(f"step {step}: {stage['domain']}: {losses}")
+        if step % recipe.checkpoint.every == 0 or last or interrupt.requested or stage is not None:
             _save(session, progress, run, log)
         if interrupt.requested and not last:
             raise Stopped(f"stopped after step {step} and saved; continue with: moesaic train {run} --resume")
@@ -133,6 +141,10 @@ def train_step(session: Session, step: int) -> tuple[list[Loss], float | None]:
     _clear_gradients(session)
     _after_step(session, losses)
     return losses, float(norm)
+
+
+def _mean_loss(losses: list[Loss]) -> float:
+    return float(torch.stack([loss.parts["main"] for loss in losses]).mean())
 
 
 def _after_step(session: Session, losses: list[Loss]) -> None:

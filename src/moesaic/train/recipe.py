@@ -15,6 +15,7 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.lora import LoRAOptions
 from moesaic.model.routers import ROUTERS
 from moesaic.offload.model import OffloadOptions
+from moesaic.train.curriculum import CurriculumOptions
 from moesaic.train.objectives import LossOptions
 from moesaic.train.optim import OptimOptions, ScheduleOptions
 from moesaic.weights.checkpoint import CheckpointOptions
@@ -102,6 +103,7 @@ class Recipe(Options):
     schedule: ScheduleOptions = ScheduleOptions()
     loss: LossOptions = LossOptions()
     offload: OffloadOptions = OffloadOptions()
+    curriculum: CurriculumOptions = CurriculumOptions()
     eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
 
@@ -196,7 +198,7 @@ def _forget_old_source(table: dict[str, Any], pairs: Sequence[tuple[str, str]]) 
     data, source = table.get("data"), dict(pairs).get("data.source")
     if isinstance(data, dict) and source is not None and source != data.get("source", "stdlib"):
         own = {"join", "pack", "template", "path", "weights", "field"}
-        if source in ("instructions", "preferences"):
+        if source in ("instructions", "preferences", "curriculum"):
             own |= {"clean", "document_mask"}
         for key in [key for key in data if key in own or key.startswith("dataset")]:
             del data[key]

@@ -27,6 +27,7 @@ from moesaic.offload.catch_up import AdamW, History
 from moesaic.offload.experts import DiskExperts
 from moesaic.offload.model import FOLDER, about, build_on_disk, index_tensors
 from moesaic.offload.store import INDEX, Index
+from moesaic.train.curriculum import Curriculum, CurriculumOptions
 from moesaic.train.objectives import Batch, Objective, objective_of
 from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
 from moesaic.train.recipe import Recipe
@@ -60,6 +61,7 @@ class Session:
     carried: dict[str, bytes] = field(default_factory=dict)  # from the model it started from: chat template …
     stop_ids: frozenset[int] = frozenset()
     experts: DiskExperts | None = None
+    curriculum: Curriculum = field(default_factory=lambda: Curriculum(CurriculumOptions(), [], 0))
     kept: dict[Path, Index] = field(
         default_factory=dict
     )  # checkpoints, and where each has its experts on disk
@@ -78,7 +80,9 @@ class Session:
     def micro_batches(self, step: int) -> list[Batch]:
         """The batch of ``step`` in ``accumulate`` equal parts; pairs stay together."""
         options = self.recipe.train
-        windows = self.store.batch(self.recipe.seed, step, options.batch_size, options.seq_len)
+        domain = self.curriculum.domain()
+        turn = step if domain is None else self.curriculum.turn()
+        windows = self.store.batch(self.recipe.seed, turn, options.batch_size, options.seq_len, domain)
         return [part.to(self.device) for part in Batch(*windows).split(options.accumulate)]
 
     def suite(self) -> Suite:
@@ -99,6 +103,8 @@ class Session:
         exported = self.exported(progress.step)
         exported.tensors["optimizer.safetensors"] = optimizer_tensors(self.model, self.optimizers)
         exported.json["state.json"] = vars(progress)
+        if self.recipe.curriculum.order != "mixed":
+            exported.json["curriculum.json"] = self.curriculum.state()
         exported.json["data.json"] = {"tokens": self.store.fingerprint}
         return exported
 
@@ -154,6 +160,8 @@ class Session:
             load_optimizer_tensors(self.model, self.optimizers, contents.tensors["optimizer.safetensors"])
             if self.experts is not None:
                 self._restore_experts(directory, contents.tensors[INDEX])
+            if self.recipe.curriculum.order != "mixed":
+                self.curriculum.restore(contents.json["curriculum.json"])
             return Progress(**contents.json["state.json"])
         except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -229,6 +237,7 @@ def build_session(
         carried=carried_along(recipe, begun),
         stop_ids=frozenset() if begun is None else begun.stop_ids,
         experts=experts,
+        curriculum=Curriculum(recipe.curriculum, store.domains, recipe.seed),
     )
     if recipe.eval.tasks or recipe.eval.local:
         session.suite().check()
