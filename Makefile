@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: demo demo-merge demo-pipeline test check bench bench-merge clean
+.PHONY: demo demo-merge demo-pipeline demo-arche test check bench bench-merge clean
 
 # The stamps make an install happen once, and again when a dependency changes.
 .venv/.base: pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ demo-merge: .venv/.base
 
 demo-pipeline: .venv/.base
 	$(BIN)/moesaic demo-pipeline
+
+demo-arche: .venv/.base
+	$(BIN)/moesaic demo-arche
 
 bench-merge: .venv/.dev
 	$(BIN)/python benchmarks/merge_roles.py ../shared/data/experts

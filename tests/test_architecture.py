@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model",
         "data",
         "generate",
+        "offload",
         "weights",
         "lm",
         "export",

@@ -8,7 +8,7 @@ import typer
 import typer.core
 from rich.text import Text
 
-from moesaic.cli import datasets, evaluation, machine, merging, models, training
+from moesaic.cli import datasets, evaluation, machine, merging, models, storing, training
 from moesaic.cli.arguments import OVERRIDES
 from moesaic.errors import MoesaicError, ResourceError
 from moesaic.terminal import err
@@ -25,6 +25,7 @@ app.command(context_settings=OVERRIDES)(training.train)
 app.command(context_settings=OVERRIDES)(training.demo)
 app.command("demo-merge")(training.demo_merge)
 app.command("demo-pipeline")(training.demo_pipeline)
+app.command("demo-arche")(training.demo_arche)
 app.command()(models.generate)
 app.command()(models.chat)
 app.command()(models.inspect)
@@ -57,6 +58,12 @@ _data.command("build", context_settings=OVERRIDES)(datasets.build)
 _data.command("prepare", context_settings=OVERRIDES)(datasets.prepare)
 _data.command("show")(datasets.show)
 app.add_typer(_data, name="data")
+
+_store = typer.Typer(no_args_is_help=True, help="Experts that a run keeps on disk.")
+_store.command("info")(storing.info)
+_store.command("verify")(storing.verify)
+_store.command("compact")(storing.compact)
+app.add_typer(_store, name="store")
 
 _recipes = typer.Typer(no_args_is_help=False, help="List, show and copy the recipes that come along.")
 _recipes.callback(invoke_without_command=True)(training.recipes)

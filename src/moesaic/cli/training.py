@@ -136,6 +136,16 @@ def demo_pipeline(
     run_pipeline_demo(out, directory, seed, say, program())
 
 
+def demo_arche(
+    directory: Annotated[Path, typer.Option("--out", help="The run directory.")] = Path("runs/demo-arche"),
+    seed: Annotated[int, typer.Option(min=0, help="Of data and training.")] = 1337,
+) -> None:
+    """2,560 experts on disk learn a curriculum of structured patterns (a few minutes)."""
+    from moesaic.train.arche_demo import run_arche_demo
+
+    run_arche_demo(out, directory, seed, program())
+
+
 def recipes(context: typer.Context) -> None:
     """Without a verb: list."""
     if context.invoked_subcommand is None:

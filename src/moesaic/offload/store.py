@@ -273,6 +273,10 @@ class Store:
             _punch(self._file, place * self.record, self.record)
         return (before - os.fstat(self._file).st_blocks) * 512
 
+    def free_places(self) -> int:
+        """Places that nothing refers to."""
+        return len(self._free)
+
     def disk_bytes(self) -> int:
         """What the records take on disk; holes take nothing."""
         return os.fstat(self._file).st_blocks * 512
