@@ -67,10 +67,7 @@ def test_options_survive_a_run_directory() -> None:
 
 def test_every_source_can_be_chosen() -> None:
     known = set(DataOptions.model_fields["source"].annotation.__args__)
-    assert set(corpora.SOURCES) == known - {
-        "instructions",
-        "preferences",
-    }  # which are no texts but conversations
+    assert set(corpora.SOURCES) == known - {"instructions", "preferences", "curriculum"}  # which are no texts
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
