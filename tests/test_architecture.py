@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merge": {*BASE, "model", "data", "weights", "merge"},
     "terminal": {"errors", "train"},  # the type of a report
     "chat": {*BASE, "data", "lm"},
-    "export": {*BASE, "model", "data", "lm", "weights"},
+    "export": {*BASE, "model", "data", "lm", "offload", "weights"},
     "analysis": {*BASE, "model", "data", "generate", "offload", "weights", "lm", "analysis"},
     "train": {
         *BASE,

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from disk_experts import CONSTANTS, D, E, H, L, disk, in_memory, options, routed
+from tiny_runs import run_tiny, tiny
 from torch import Tensor, nn
 
+import moesaic
 from moesaic.errors import RecipeError
 from moesaic.model.experts import Experts, FFNKind
 from moesaic.native import library
@@ -15,6 +17,7 @@ from moesaic.offload.experts import DiskExperts
 from moesaic.offload.factors import Factors, merged
 from moesaic.offload.records import MomentKind, WeightKind
 from moesaic.offload.store import Index
+from moesaic.train.measure import dry_run
 
 torch.set_num_threads(1)
 
@@ -209,3 +212,21 @@ def test_what_it_cannot_compute_is_said(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"3 experts of .* fit, but .* needs 12 at once; give"):
         small.gather(0, list(range(E)), torch.float32)
     assert (CONSTANTS.beta1, D, H) == (0.9, 8, 6)
+
+
+def test_a_run_on_disk_is_exported_measured_and_begun_from(tmp_path: Path) -> None:
+    words = ["offload.memory=60kB", "model.attention.qk_norm=full", "optim.lr=1e-2"]
+    run = run_tiny(tmp_path, "disk", *words)
+    lm = moesaic.load(run)
+    ids = torch.randint(0, 9, (1, 8), generator=torch.Generator().manual_seed(1))
+    moesaic.export_model(run, tmp_path / "exported", dtype="float32")
+    torch.testing.assert_close(moesaic.load(tmp_path / "exported").logits(ids), lm.logits(ids))
+    after = run_tiny(tmp_path, "after", f"start={run}", "train.steps=1", "optim.lr=1e-12")
+    torch.testing.assert_close(moesaic.load(after).logits(ids), lm.logits(ids))
+    report = dry_run(tiny(tmp_path, *words, f"out={tmp_path / 'dry'}"), lambda sentence: None)
+    assert report.numbers["parameters"] == lm.config.parameters().total
+    assert not (tmp_path / "dry").exists()
+    with pytest.raises(RecipeError, match="begins anew; leave start out"):
+        run_tiny(tmp_path, "again", f"start={run}", *words)
+    with pytest.raises(RecipeError, match="'12 apples' is no size"):
+        tiny(tmp_path, "offload.memory=12 apples")

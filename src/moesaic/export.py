@@ -10,6 +10,7 @@ import torch
 
 from moesaic.errors import RecipeError
 from moesaic.lm import LM, load
+from moesaic.offload.model import into_memory
 from moesaic.weights.carried import carried_files
 from moesaic.weights.gguf import KINDS, write_gguf
 from moesaic.weights.hf import model_type, tokenizer_files, write_hf
@@ -40,6 +41,7 @@ def export_model(
     if os.path.lexists(out) and not empty:
         raise RecipeError(f"{out}: exists; choose another name")
     lm = load(source)
+    into_memory(lm.model)
     tokenizer, config = lm.known_tokenizer, lm.config
     eos = sorted(lm.stop_ids)
     if not eos and tokenizer is not None and tokenizer.eos_id is not None:

@@ -10,10 +10,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from moesaic.config import Options
-from moesaic.errors import CheckpointError, RecipeError
+from moesaic.errors import CheckpointError, RecipeError, ResourceError
+from moesaic.files import human_size
+from moesaic.machine import total_memory
 from moesaic.model.config import InitOptions, ModelConfig
+from moesaic.model.experts import Experts
 from moesaic.model.init import initialise
 from moesaic.model.transformer import LanguageModel
+from moesaic.offload.bank import OffloadedExperts
 from moesaic.offload.catch_up import AdamW
 from moesaic.offload.experts import DiskExperts
 from moesaic.offload.pool import Pool
@@ -82,6 +86,30 @@ def replace_banks(model: LanguageModel, experts: DiskExperts) -> None:
     """Put the banks of a store in the place of a model's own."""
     for module, bank in zip(model.moe_modules(), experts.banks, strict=True):
         module.experts = bank
+
+
+@torch.no_grad()
+def into_memory(model: LanguageModel) -> LanguageModel:
+    """Give a model whose experts are on disk banks of its own, in float32; any other stays as it is. Raises
+    ResourceError where memory cannot hold them."""
+    config, memory = model.config, total_memory()
+    banks = [(module, module.experts) for module in model.moe_modules()]
+    needed = 4 * config.parameters().total
+    on_disk = any(isinstance(bank, OffloadedExperts) for _, bank in banks)
+    if on_disk and memory is not None and needed > memory:
+        raise ResourceError(
+            f"all experts in memory take {human_size(needed)} and this machine has {human_size(memory)}; they "
+            "can only be used where they are, on disk"
+        )
+    for module, bank in banks:
+        if isinstance(bank, OffloadedExperts):
+            own = Experts(config.experts, config.width)
+            for expert in range(config.experts.count):
+                weights = bank.source.gather(bank.layer, [expert], torch.float32)
+                first, down = bank.source.shape.matrices(weights)
+                own.first_matrix[expert], own.down_proj[expert] = first[0], down[0]
+            module.experts = own
+    return model
 
 
 def about(experts: DiskExperts) -> dict[str, Any]:

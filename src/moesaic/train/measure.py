@@ -1,9 +1,12 @@
 """What a recipe costs on this machine: parameters, memory, disk and time, from measured steps."""
 
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +99,18 @@ def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False)
     where = choose_directory(recipe, resume)
     if resume:
         check_same_run(stored_recipe(where), recipe, where)
-    session = build_session(recipe, say)
+    with _built(recipe, say) as session:
+        return _measured(session, where)
+
+
+@contextmanager
+def _built(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Session]:
+    """A session to measure; experts on disk are in a folder that is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="moesaic-") as folder:
+        yield build_session(recipe, say, run=Path(folder))
+
+
+def _measured(session: Session, where: Path) -> Report:
     recipe = session.recipe  # whose epochs have become steps
     cost = measure(session)
     check_room(where, cost.disk_bytes)
@@ -134,6 +148,8 @@ class Cluster:
 def too_large(recipe: Recipe) -> bool:
     """Whether this machine's memory cannot hold what training such a model takes, whatever its data."""
     memory = total_memory()
+    if recipe.offload.memory is not None:
+        return False
     if memory is None or recipe.model.vocab_size is None:  # its size is known when its data is
         return False
     return recipe.bytes_per_parameter() * recipe.model.parameters().total > memory
@@ -181,7 +197,11 @@ def plan(recipe: Recipe, cluster: Cluster | None) -> Report:
 
 def bench(recipe: Recipe, say: Callable[[str], None]) -> Report:
     """Training and decoding speed of a recipe beside the machine's own limits, from one run."""
-    session = build_session(recipe, say)
+    with _built(recipe, say) as session:
+        return _benched(session)
+
+
+def _benched(session: Session) -> Report:
     cost = measure(session, repeats=20)
     rate = matmul_rate(torch.bfloat16 if session.bf16 else torch.float32, device=session.device)
     achieved = cost.flops_per_step / cost.step_seconds

@@ -8,6 +8,7 @@ import torch
 from moesaic.errors import CheckpointError, RecipeError
 from moesaic.lm import load
 from moesaic.model.transformer import LanguageModel
+from moesaic.offload.model import into_memory
 from moesaic.train.optim import load_optimizer_tensors, missing_state
 from moesaic.train.recipe import Recipe
 from moesaic.weights.carried import TEMPLATE, carried_files
@@ -32,6 +33,7 @@ def take_weights(model: LanguageModel, recipe: Recipe, in_bf16: bool) -> Begun:
     be rounded back to what they were for every product, and eight experts of SmolLM2-135M are 2.5 GB in
     float32. Raises RecipeError where the recipe makes another model of it."""
     begun = load(str(recipe.start), as_stored=True)
+    into_memory(begun.model)
     if model.config.tied and not begun.config.tied:
         raise RecipeError(
             f"start = {recipe.start}: its embeddings and head are two matrices; leave model.tied out"
