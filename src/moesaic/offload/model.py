@@ -98,8 +98,8 @@ def into_memory(model: LanguageModel) -> LanguageModel:
     on_disk = any(isinstance(bank, OffloadedExperts) for _, bank in banks)
     if on_disk and memory is not None and needed > memory:
         raise ResourceError(
-            f"all experts in memory take {human_size(needed)} and this machine has {human_size(memory)}; they "
-            "can only be used where they are, on disk"
+            f"all experts in memory take {human_size(needed)} and this machine has {human_size(memory)}; "
+            "they can only be used where they are, on disk"
         )
     for module, bank in banks:
         if isinstance(bank, OffloadedExperts):
