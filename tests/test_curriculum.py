@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import rows, run_tiny, stop_during, weights
 
+import moesaic
+from moesaic.analysis.harness import Suite
 from moesaic.data.corpora import DataOptions
 from moesaic.data.curriculum import DOMAINS, PARTS, builtin_patterns, by_domain, read_patterns
 from moesaic.data.examples import ExampleStore
@@ -176,3 +178,31 @@ def test_text_has_domains_too(tmp_path: Path) -> None:
     path = f'data.path={{one = "{tmp_path / "one.txt"}", two = "{tmp_path / "two.txt"}"}}'
     run = run_tiny(tmp_path, "run", path, "curriculum.order=fixed", "curriculum.stage=2", "train.steps=6")
     assert [row["domain"] for row in rows(run, "stage")] == ["one", "two", "one"]
+
+
+def test_contrasts_come_along_and_tell_good_from_bad(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (file,) = builtin_patterns().parent.glob("contrast.jsonl")
+    cases = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    groups = Counter(case["group"] for case in cases)
+    expected = {"transfer", "contradiction", "causal_chain", "cross_domain_analogy", "self_correction"}
+    assert dict(groups) == dict.fromkeys(expected, 24)
+    assert len({case["context"] for case in cases}) == len(cases)
+    lengths = [len(case["good"].split()) - len(case["bad"].split()) for case in cases]
+    assert max(map(abs, lengths)) <= 3
+    longer = sum(len(case["good"]) > len(case["bad"]) for case in cases)
+    assert 0.35 < longer / len(cases) < 0.65  # length does not give the answer away
+    assert not {case["context"] for case in cases} & {p.parts["observe"] for p in PATTERNS}
+
+
+def test_a_contrast_is_measured_as_a_task(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    run = run_tiny(tmp_path, "run", "data.tokenizer=byte", "model.context=400", "train.steps=1")
+    suite = Suite(local={"contrast": Path("shipped")}, limit=2)
+    found = suite.run(moesaic.load(run), lambda sentence: None)
+    assert found["contrast"]["samples"] == 10
+    assert 0 <= found["contrast"]["acc"] <= 1
+    assert found["contrast"]["acc stderr"] > 0 or found["contrast"]["acc"] in (0, 1)
+    (tmp_path / "mine.jsonl").write_text('{"group": "a", "context": "b", "good": "c"}')
+    with pytest.raises(DataError, match=r"mine\.jsonl:1: no field 'bad'"):
+        Suite(local={"contrast": tmp_path / "mine.jsonl"}).check()

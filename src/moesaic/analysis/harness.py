@@ -161,8 +161,7 @@ def rows_of(results: Mapping[str, Results]) -> list[tuple[str, list[str]]]:
 
 
 def _metrics(found: dict[str, Any], counts: dict[str, Any]) -> Results:
-    """The harness's ``acc,none`` and ``acc_stderr,none`` as plain names; MMLU's subjects together as
-    ``mmlu``."""
+    """The harness's ``acc,none`` and ``acc_stderr,none`` as plain names; parts of a task also together."""
     tasks: dict[str, dict[str, float]] = {}
     for task, values in found.items():
         kept: dict[str, float] = {}
@@ -174,14 +173,24 @@ def _metrics(found: dict[str, Any], counts: dict[str, Any]) -> Results:
             kept[f"{label} stderr" if name.endswith("_stderr") else label] = float(value)
         size = counts.get(task, {}).get("effective")
         tasks[task] = {**kept, **({"samples": float(size)} if size else {})}
-    subjects = {
-        task: values for task, values in tasks.items() if task.startswith("mmlu_") and "samples" in values
-    }
-    if len(subjects) > 1 and "mmlu" not in tasks:
-        total = sum(values["samples"] for values in subjects.values())
-        accuracy = sum(values["acc"] * values["samples"] for values in subjects.values()) / total
-        tasks["mmlu"] = {"acc": accuracy, "samples": total}
+    for whole in ("mmlu", "contrast"):
+        _add_mean(tasks, whole)
     return tasks
+
+
+def _add_mean(tasks: Results, whole: str) -> None:
+    """MMLU's subjects together as ``mmlu``, a contrast's groups as ``contrast``, each question weighing the
+    same."""
+    parts = [v for task, v in tasks.items() if task.startswith(f"{whole}_") and "samples" in v]
+    if len(parts) < 2 or whole in tasks:
+        return
+    total = sum(values["samples"] for values in parts)
+    shared = [metric for metric in ("acc", "acc_norm") if all(metric in values for values in parts)]
+    tasks[whole] = {m: sum(v[m] * v["samples"] for v in parts) / total for m in shared}
+    for metric in shared:  # of a share of so many answers
+        share = tasks[whole][metric]
+        tasks[whole][f"{metric} stderr"] = (share * (1 - share) / max(1, total - 1)) ** 0.5
+    tasks[whole]["samples"] = total
 
 
 def _lm_eval() -> Any:

@@ -3,18 +3,20 @@
 Prompts, answers and metrics are those of lm-evaluation-harness's ``mmlu`` and ``gsm8k``; only the rows come
 from files: ``mmlu`` a folder with mmlu_dev.jsonl and mmlu_val.jsonl (``subject``, ``question``, ``choices``,
 ``answer``), or ``gsm8k`` a JSONL file (``question``, ``answer``), whose first rows are the examples that are
-shown."""
+shown. ``contrast`` is of our own: which of two continuations is likelier."""
 
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from moesaic.data.readers import read_rows
+from moesaic.data.readers import read_rows, text_of
 from moesaic.errors import DataError, RecipeError
 
 _MOST_LINE = 2**22
 _SHOTS = 5
-LOCAL = ("mmlu", "gsm8k")
+LOCAL = ("mmlu", "gsm8k", "contrast")
+SHIPPED = "shipped"  # as a path: the file that comes along
 
 
 def local_tasks(name: str, path: Path, limit: int | None, shots: int | None = None) -> list[dict[str, Any]]:
@@ -24,7 +26,43 @@ def local_tasks(name: str, path: Path, limit: int | None, shots: int | None = No
         return _mmlu(path, limit, shots)
     if name == "gsm8k":
         return [_gsm8k(path, limit, shots)]
-    raise RecipeError(f"--local {name}: {' and '.join(LOCAL)} can be read from files")
+    if name == "contrast":
+        return _contrast(path, limit)
+    raise RecipeError(f"--local {name}: {', '.join(LOCAL)} can be read from files")
+
+
+def _contrast(file: Path, limit: int | None) -> list[dict[str, Any]]:
+    """A task for each group of cases: a context, and which of two continuations is likelier, in all and for
+    its length (chance 0.5). The cases that come along are 24 of each of five groups (docs/curriculum.md)."""
+    if str(file) == SHIPPED:
+        file = Path(str(resources.files("moesaic") / "data" / "contrast.jsonl"))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for where, row in read_rows(file, _MOST_LINE):
+        texts = {name: text_of(row, name, where).strip() for name in ("group", "context", "good", "bad")}
+        if not all(texts.values()):
+            raise DataError(f"{where}: group, context, good and bad are texts, none of them empty")
+        rows = groups.setdefault(texts["group"], [])
+        right = len(rows) % 2  # in turns, so that a model without an opinion is right half of the time
+        choices = [texts["bad"], texts["good"]] if right else [texts["good"], texts["bad"]]
+        rows.append({"context": texts["context"], "choices": choices, "answer": right})
+    metrics = [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+    ]
+    return [
+        {
+            "task": f"contrast_{group}",
+            "custom_dataset": partial(_dataset, {"test": rows[:limit]}),
+            "test_split": "test",
+            "num_fewshot": 0,
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": metrics,
+            "metadata": None,
+        }
+        for group, rows in groups.items()
+    ]
 
 
 def _mmlu(folder: Path, limit: int | None, shots: int | None) -> list[dict[str, Any]]:

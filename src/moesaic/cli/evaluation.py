@@ -20,7 +20,9 @@ def eval_model(
     ] = "",
     local: Annotated[
         list[str] | None,
-        typer.Option(help="mmlu=FOLDER or gsm8k=FILE: the same tasks from local files; may be given again."),
+        typer.Option(
+            help="mmlu=FOLDER, gsm8k=FILE, contrast=shipped: tasks from local files; may be given again."
+        ),
     ] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Examples shown; as the task says if not given.")
