@@ -15,7 +15,7 @@ from moesaic.native import library
 from moesaic.offload import adamw
 from moesaic.offload.experts import DiskExperts
 from moesaic.offload.factors import Factors, merged
-from moesaic.offload.records import MomentKind, WeightKind
+from moesaic.offload.records import ExpertShape, Matrices, MomentKind, WeightKind
 from moesaic.offload.store import Index
 from moesaic.train.measure import dry_run
 
@@ -49,9 +49,8 @@ def test_outputs_and_all_gradients_are_those_of_a_bank_in_memory(
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         (taken,) = [part for where, part in ours.take_factors() if where == layer]
         dense = torch.cat([plain.first_matrix.grad.flatten(1), plain.down_proj.grad.flatten(1)], 1)
-        torch.testing.assert_close(
-            taken.gradients(given.layout.shape), dense[taken.experts], rtol=1e-4, atol=1e-6
-        )
+        found_rows = gradients_in(taken, given.layout.shape)
+        torch.testing.assert_close(found_rows, dense[taken.experts], rtol=1e-4, atol=1e-6)
         assert taken.squared_norm() == pytest.approx(float(dense.square().sum()), rel=1e-4)
         assert ours.take_factors() == []
 
@@ -65,11 +64,11 @@ def test_gradients_of_two_batches_are_their_sum(tmp_path: Path) -> None:
         parts += ours.banks[0].take_factors()
     total = torch.zeros(E, shape.parameters)
     for part in parts:
-        total[part.experts] += part.gradients(shape)
+        total[part.experts] += gradients_in(part, shape)
     whole = merged(parts)
     assert whole.experts == sorted(whole.experts)
-    torch.testing.assert_close(whole.gradients(shape), total[whole.experts])
-    pieces = torch.cat([piece.gradients(shape) for piece in whole.chunks(2)])
+    torch.testing.assert_close(gradients_in(whole, shape), total[whole.experts])
+    pieces = torch.cat([gradients_in(piece, shape) for piece in whole.chunks(2)])
     torch.testing.assert_close(pieces, total[whole.experts])
     assert isinstance(whole, Factors)
 
@@ -91,25 +90,34 @@ def test_kernels_and_pytorch_agree(
 ) -> None:
     if not library.available():
         pytest.skip("no compiler here")
-    given, found = options(weights=weights, moments=moments, hidden=40), []
+    std = (0.2, 0.2) if weights == "fp32" else (0.02, 0.02)
+    given, found = options(weights=weights, moments=moments, hidden=40, std=std), []
     for native in (True, False):
         monkeypatch.setattr(adamw.library, "available", lambda native=native: native)
         ours = disk(tmp_path / str(native), given, mode=mode)
         train(ours, range(1, 30), 0.7)
         found.append(weights_of(ours))
-    begun = weights_of(disk(tmp_path / "begun", given))
-    moved = (found[1] - begun).norm()
-    difference = found[0] - found[1]
-    if weights == "bf16":  # rounded by different dice, but by the same odds
-        assert abs(float(difference.mean())) < 3e-4
-        assert float(difference.abs().max()) < 0.05
-    else:
-        assert float(difference.norm() / moved) < (0.03 if moments != "fp32" else 1e-5)
+    moved = (found[1] - weights_of(disk(tmp_path / "begun", given))).norm()
+    most = 1e-5 if moments == "fp32" else 0.03
+    if weights == "bf16":  # rounded by different dice
+        most = 0.12
+    assert float((found[0] - found[1]).norm() / moved) < most
 
 
 def weights_of(ours: DiskExperts) -> Tensor:
-    each = [[ours.gather(layer, [e], torch.float32) for e in range(E)] for layer in range(L)]
+    each = [[rows_of(ours.gather(layer, [e], torch.float32)) for e in range(E)] for layer in range(L)]
     return torch.stack([torch.cat(layer) for layer in each])
+
+
+def rows_of(matrices: Matrices) -> Tensor:
+    """The parameters of each expert, [U, P]."""
+    return torch.cat([part.flatten(1) for part in matrices], 1)
+
+
+def gradients_in(factors: Factors, shape: ExpertShape) -> Tensor:
+    made = shape.stacks(len(factors.experts), torch.float32)
+    factors.write_gradients(made)
+    return rows_of(made)
 
 
 def test_training_is_dense_adamw(tmp_path: Path) -> None:
@@ -198,7 +206,8 @@ def test_rounded_moments_learn_as_exact_ones_do(tmp_path: Path, moments: MomentK
             losses[kind] = float(loss.detach())
             first = losses.setdefault(f"{kind} at first", losses[kind])
         assert losses[kind] < 0.7 * first
-    assert losses[moments] < 1.25 * losses["fp32"]
+    gained = [losses[f"{kind} at first"] - losses[kind] for kind in (moments, "fp32")]
+    assert gained[0] > 0.9 * gained[1], losses
 
 
 def test_what_it_cannot_compute_is_said(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_progress_is_shown_at_its_pace_and_at_the_last_step(
     for step in (1, 2, 3):
         if log.due(step):
             shown.append(step)
-            log.progress(step, 1.25, 1000.0, 1.5)
+            log.progress(step, 1.25, 1000.0, "balance 1.50")
     assert shown == times
     if not terminal:
         assert "step 3/3  loss 1.2500  1,000 tokens/s" in said.getvalue()

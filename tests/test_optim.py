@@ -11,22 +11,31 @@ import numpy as np
 import pytest
 import reference_losses as ref
 import torch
-from tiny_runs import tiny
+from tiny_runs import run_tiny, tiny
 from torch import Tensor, nn
 
+import moesaic
+from moesaic.errors import RecipeError
 from moesaic.model.transformer import LanguageModel
+from moesaic.native import library
 from moesaic.train.optim import (
+    MasterAdamW,
     Muon,
     OptimOptions,
     ScheduleOptions,
     build_optimizers,
+    clip,
+    gradient_norm,
+    half,
     load_optimizer_tensors,
+    missing_state,
     optimizer_tensors,
     orthogonalise,
     schedule_factor,
     set_learning_rate,
     sign_polynomials,
 )
+from moesaic.train.rundir import read_rows
 
 torch.set_num_threads(1)
 
@@ -281,3 +290,79 @@ def test_the_rate_is_the_base_times_the_factor(tmp_path: Path) -> None:
         set_learning_rate(optimizers, value)
         rates = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
         assert rates == {0.004 * value, 0.03 * value}
+
+
+def _bf16_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(9, 24), nn.Linear(24, 40), nn.LayerNorm(40), nn.Linear(40, 9, bias=False)
+    )
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_masters_follow_adamw_on_float32_weights(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given the same gradients, the masters are what AdamW makes of float32 weights, and the weights are
+    those rounded to the nearest."""
+    if native and not library.available():
+        pytest.skip("no compiler here")
+    monkeypatch.setattr(library, "available", lambda: native)
+    plain, rounded = _bf16_model(), _bf16_model()
+    half(rounded)
+    assert [p.dtype for p in rounded.parameters()].count(torch.bfloat16) == 3
+    for p, q in zip(plain.parameters(), rounded.parameters(), strict=True):
+        p.data.copy_(q.float())
+    options = OptimOptions(kind="adamw", lr=3e-3, weight_decay=0.1)
+    (adamw,), both = build_optimizers(plain, options), build_optimizers(rounded, options)
+    assert {type(one) for one in both} == {torch.optim.AdamW, MasterAdamW}
+    for step in range(20):
+        torch.manual_seed(step)
+        for p, q in zip(plain.parameters(), rounded.parameters(), strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad.float()
+        norm = gradient_norm([q.grad for q in rounded.parameters() if q.grad is not None])
+        torch.testing.assert_close(
+            norm, gradient_norm([p.grad for p in plain.parameters() if p.grad is not None])
+        )
+        assert clip([adamw], norm, 5.0) == clip(both, norm, 5.0) < 1
+        for one in (adamw, *both):
+            one.step()
+    for p, q in zip(plain.parameters(), rounded.parameters(), strict=True):
+        state = next((one.state[q] for one in both if q in one.state), {})
+        torch.testing.assert_close(state.get("master", q), p.data, rtol=1e-5, atol=1e-6)
+        assert torch.equal(q.float(), state["master"].bfloat16().float() if "master" in state else q.float())
+    other = _bf16_model()  # on a machine that does not multiply bfloat16 the masters are the weights
+    (continued,) = build_optimizers(other, options)
+    other.load_state_dict(rounded.state_dict())
+    load_optimizer_tensors(other, [continued], optimizer_tensors(rounded, both))
+    for p, q in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.data, p.data, rtol=1e-5, atol=1e-6)
+    assert missing_state(other, [continued]) is None
+
+
+def test_a_run_with_rounded_weights_learns_resumes_and_is_evaluated(tmp_path: Path) -> None:
+    words = ["train.precision=bf16", "train.clip=1.0", "train.steps=40", "optim.lr=1e-2"]
+    whole = run_tiny(tmp_path, "whole", "train.weights=bf16", *words)
+    part = run_tiny(tmp_path, "part", "train.weights=bf16", *words, "train.steps=17")
+    run_tiny(tmp_path, "part", "train.weights=bf16", *words, resume=True)
+    full = run_tiny(tmp_path, "full", *words)
+    ends = {
+        run.name: [r["loss"] for r in read_rows(run / "metrics.jsonl") if r["split"] == "val"][-1]
+        for run in (whole, part, full)
+    }
+    assert ends["part"] == ends["whole"]
+    assert ends["whole"] == pytest.approx(ends["full"], rel=0.02)
+    models = [dict(moesaic.load(run).model.named_parameters()) for run in (whole, part)]
+    for name, value in models[0].items():
+        assert torch.equal(value, models[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.accumulate=2"], "too coarse to sum"),
+        (["optim.kind=muon"], "optim.kind to adamw"),
+    ],
+)
+def test_where_weights_cannot_be_rounded_it_is_said(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        tiny(tmp_path, "train.weights=bf16", *words)

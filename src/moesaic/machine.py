@@ -7,6 +7,7 @@ import platform
 import statistics
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -97,6 +98,12 @@ def return_freed_memory() -> None:
     models of SmolLM2-135M's shape held 3.0 GB at the end, and 1.5 with this.
     """
     _set_malloc(trim_threshold=16 * 2**20, top_pad=0, mmap_threshold=2**20)
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what has been freed and kept (glibc's malloc_trim); nothing on other C libraries."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set_malloc(trim_threshold: int, top_pad: int, mmap_threshold: int) -> None:

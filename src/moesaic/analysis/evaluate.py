@@ -52,8 +52,10 @@ def evaluate(
     batch_size: int,
     seq_len: int,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    most: int | None = None,
 ) -> Evaluation:
-    """Loss on the whole validation part, every token predicted once, in windows of ``seq_len``.
+    """Loss on the validation part, every token predicted once, in windows of ``seq_len``; of each domain
+    only the first ``most`` windows, or all.
 
     ``precision`` makes the context (autocast, say) to compute in.
     """
@@ -65,9 +67,14 @@ def evaluate(
         domain = shard.domain
         if shard.tokens - shard.train_tokens < 2:  # nothing there can be predicted
             continue
-        total, tokens = 0.0, 0
+        total, tokens, left = 0.0, 0, most
         counts_LE = torch.zeros(len(model.config.moe_layers), model.config.experts.count, dtype=torch.int64)
         for windows in store.validation(batch_size, seq_len, domain):
+            if left is not None:
+                if left <= 0:
+                    break
+                windows = windows.first(left)
+                left -= len(windows.ids_BT)
             ids_BT, target_BT, real_BT = windows.ids_BT, windows.target_BT, windows.real_BT
             target_N = target_BT.to(device).flatten()
             with precision():

@@ -58,6 +58,11 @@ class Windows(NamedTuple):
     document_BT: "Tensor | None" = None
     reference_B: "Tensor | None" = None
 
+    def first(self, rows: int) -> "Windows":
+        """The first ``rows`` of them."""
+        real, document, reference = (None if value is None else value[:rows] for value in self[2:])
+        return Windows(self.ids_BT[:rows], self.target_BT[:rows], real, document, reference)
+
 
 class Part(Protocol):
     """What is told of one domain: its name, its tokens that are predicted, those of them for training."""

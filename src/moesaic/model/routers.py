@@ -348,8 +348,8 @@ class Smart(Router):
         probs_TE = logits_TE.softmax(-1)
         if self.training and self.options.budget is not None and self.options.budget < self.num_experts:
             allowed_E = self._drawn(probs_TE.detach(), real_T)
-            shown_TE = probs_TE.masked_fill(~allowed_E, 0.0)
-            prob_TK, expert_TK = (shown_TE / shown_TE.sum(-1, keepdim=True)).topk(self.options.top_k, dim=-1)
+            shown_TE = logits_TE.masked_fill(~allowed_E, float("-inf")).softmax(-1)
+            prob_TK, expert_TK = shown_TE.topk(self.options.top_k, dim=-1)
         else:
             prob_TK, expert_TK = probs_TE.topk(self.options.top_k, dim=-1)
         before_TK = prob_TK.detach().cumsum(-1) - prob_TK.detach()

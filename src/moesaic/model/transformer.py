@@ -136,6 +136,8 @@ class Decoder(nn.Module):
         else:  # a padded row's first real token is its position 0
             position_BT = (real_BS.cumsum(1) - 1).clamp(min=0)[:, start:]
         x_BTD = self.embed_tokens(ids_BT)
+        if torch.is_autocast_enabled(x_BTD.device.type):  # products are rounded then, their sum is not
+            x_BTD = x_BTD.float()
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(position_BT)
         rope = None if self.rope is None else self.rope(position_BT)

@@ -1,13 +1,15 @@
-// AdamW on records of experts, in place: what an expert missed while it was idle, then perhaps a step, in one pass
-// over its weights and moments. And the same without a step into a copy, for who reads the weights.
+// AdamW in one pass over weights and moments, in place: on bfloat16 matrices with float32 masters, and on records of
+// experts, which first make up for what they missed while they were idle. And the latter alone into a copy, for who
+// reads the weights.
 //
 // A record is [weights | first moment | second moment], each float32 or bfloat16 or, of moments, int8 in blocks of
-// 256 with a float32 scale for each after all of them (offload/records.py). The arithmetic is that of
-// offload/catch_up.py, in float32.
+// 256 with a float32 scale for each after all of them (offload/records.py). Outside of records an expert is its two
+// matrices, each in a stack of its own. The arithmetic is that of offload/catch_up.py, in float32.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -141,12 +143,28 @@ inline void step(const Scalars& s, int64_t size, const float* g, float* p, float
     }
 }
 
-// Records `slot[n]` of `records`, each `stride` bytes, with gradients [n, P].
-template <class W, class M>
+// Experts outside of their records: a stack of first matrices, `cut` numbers each, and one of last, `rest` each.
+template <class T>
+struct Stacks {
+    T *first, *down;
+    int64_t cut, rest;
+
+    // Call `visit(pointer, offset, size)` for the pieces of parameters `begin` to `begin + size` of expert `n`.
+    template <class F>
+    void pieces(int64_t n, int64_t begin, int64_t size, F visit) const {
+        const int64_t before = begin >= cut ? 0 : begin + size <= cut ? size : cut - begin;
+        if (before) visit(first + n * cut + begin, int64_t(0), before);
+        if (before < size) visit(down + n * rest + begin + before - cut, before, size - before);
+    }
+};
+
+// Records `slot[n]` of `records`, each `stride` bytes, with the gradients of n experts.
+template <class W, class M, class G>
 void update(
-    uint8_t* records, const int64_t* slot, int64_t count, int64_t stride, int64_t P, const Scalars* scalars,
-    const float* gradient
+    uint8_t* records, const int64_t* slot, int64_t count, int64_t stride, const Scalars* scalars,
+    Stacks<const typename G::Number> gradients
 ) {
+    const int64_t P = gradients.cut + gradients.rest;
     const int64_t blocks = (P + BLOCK - 1) / BLOCK;
     const int64_t weights = (P * int64_t(sizeof(typename W::Number)) + 3) / 4 * 4;
 #pragma omp parallel for collapse(2) schedule(static)
@@ -156,12 +174,15 @@ void update(
             auto* stored = reinterpret_cast<typename W::Number*>(record) + b * BLOCK;
             uint8_t *first = record + weights, *second = first + M::bytes(P);
             const int64_t begin = b * BLOCK, size = P - begin < BLOCK ? P - begin : BLOCK;
-            float p[BLOCK], m[BLOCK], v[BLOCK];
+            float p[BLOCK], m[BLOCK], v[BLOCK], g[BLOCK];
             for (int64_t i = 0; i < size; ++i) p[i] = W::read(stored[i]);
             M::template read<false>(first, P, begin, size, m);
             M::template read<true>(second, P, begin, size, v);
+            gradients.pieces(n, begin, size, [&](const typename G::Number* from, int64_t at, int64_t length) {
+                for (int64_t i = 0; i < length; ++i) g[at + i] = G::read(from[i]);
+            });
             catch_up(scalars[n], size, p, m, v);
-            step(scalars[n], size, gradient + n * P + begin, p, m, v);
+            step(scalars[n], size, g, p, m, v);
             const uint32_t seed = bits_of(scalars[n].seed);
             for (int64_t i = 0; i < size; ++i) stored[i] = W::write(p[i], uint32_t(begin + i), seed);
             M::template write<false>(first, P, begin, size, m);
@@ -169,12 +190,13 @@ void update(
         }
 }
 
-// Their weights as they would be after catching up, [n, P]; the records stay as they are.
+// Their weights as they would be after catching up; the records stay as they are.
 template <class W, class M, class O>
 void gather(
-    const uint8_t* records, const int64_t* slot, int64_t count, int64_t stride, int64_t P, const Scalars* scalars,
-    typename O::Number* out
+    const uint8_t* records, const int64_t* slot, int64_t count, int64_t stride, const Scalars* scalars,
+    Stacks<typename O::Number> out
 ) {
+    const int64_t P = out.cut + out.rest;
     const int64_t blocks = (P + BLOCK - 1) / BLOCK;
     const int64_t weights = (P * int64_t(sizeof(typename W::Number)) + 3) / 4 * 4;
 #pragma omp parallel for collapse(2) schedule(static)
@@ -193,31 +215,83 @@ void gather(
             } else if (scalars[n].keep != 1.0f) {
                 for (int64_t i = 0; i < size; ++i) p[i] *= scalars[n].keep;
             }
-            for (int64_t i = 0; i < size; ++i) out[n * P + begin + i] = O::nearest(p[i]);
+            out.pieces(n, begin, size, [&](typename O::Number* to, int64_t at, int64_t length) {
+                for (int64_t i = 0; i < length; ++i) to[i] = O::nearest(p[at + i]);
+            });
         }
+}
+
+// A matrix of `size` weights in bfloat16, its gradient, its float32 master and moments: one step.
+void master_step(
+    uint16_t* weight, const uint16_t* gradient, float* master, float* first, float* second, int64_t size,
+    const Scalars& scalars
+) {
+#pragma omp parallel for schedule(static)
+    for (int64_t begin = 0; begin < size; begin += BLOCK) {
+        const int64_t length = size - begin < BLOCK ? size - begin : BLOCK;
+        float g[BLOCK];
+        for (int64_t i = 0; i < length; ++i) g[i] = BFloat16::read(gradient[begin + i]);
+        step(scalars, length, g, master + begin, first + begin, second + begin);
+        for (int64_t i = 0; i < length; ++i) weight[begin + i] = BFloat16::nearest(master[begin + i]);
+    }
+}
+
+// The sum of squares of bfloat16 numbers: parts of 65,536 are added up in float32, in 16 lanes, and their sums in
+// float64, so that it is the same for any number of threads.
+double squares(const uint16_t* values, int64_t size) {
+    constexpr int64_t PART = 65536, LANES = 16;
+    const int64_t parts = (size + PART - 1) / PART;
+    std::vector<double> sums(parts);
+#pragma omp parallel for schedule(static)
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = part * PART, end = begin + PART < size ? begin + PART : size;
+        float lanes[LANES] = {};
+        int64_t i = begin;
+        for (; i + LANES <= end; i += LANES)
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                const float x = BFloat16::read(values[i + lane]);
+                lanes[lane] += x * x;
+            }
+        for (; i < end; ++i) lanes[0] += BFloat16::read(values[i]) * BFloat16::read(values[i]);
+        for (const float lane : lanes) sums[part] += lane;
+    }
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    return total;
 }
 
 }  // namespace
 
-#define KERNELS(weights, W, moments, M)                                                                          \
-    extern "C" void adamw_##weights##_##moments(                                                                 \
-        uint8_t* records, const int64_t* slot, int64_t count, int64_t stride, int64_t P, const void* scalars,    \
-        const float* gradient                                                                                    \
+extern "C" void adamw_master(
+    uint16_t* weight, const uint16_t* gradient, float* master, float* first, float* second, int64_t size,
+    const void* scalars
+) {
+    master_step(weight, gradient, master, first, second, size, *static_cast<const Scalars*>(scalars));
+}
+
+extern "C" void squares_bfloat16(const uint16_t* values, int64_t size, double* out) { *out = squares(values, size); }
+
+#define UPDATE(weights, W, moments, M, dtype, G)                                                                 \
+    extern "C" void adamw_##weights##_##moments##_##dtype(                                                       \
+        uint8_t* records, const int64_t* slot, int64_t count, int64_t stride, const void* scalars,               \
+        const G::Number* first, const G::Number* down, int64_t cut, int64_t rest                                 \
     ) {                                                                                                          \
-        update<W, M>(records, slot, count, stride, P, static_cast<const Scalars*>(scalars), gradient);           \
-    }                                                                                                            \
-    extern "C" void gather_##weights##_##moments##_float32(                                                      \
-        const uint8_t* records, const int64_t* slot, int64_t count, int64_t stride, int64_t P,                   \
-        const void* scalars, float* out                                                                          \
-    ) {                                                                                                          \
-        gather<W, M, Float32>(records, slot, count, stride, P, static_cast<const Scalars*>(scalars), out);       \
-    }                                                                                                            \
-    extern "C" void gather_##weights##_##moments##_bfloat16(                                                     \
-        const uint8_t* records, const int64_t* slot, int64_t count, int64_t stride, int64_t P,                   \
-        const void* scalars, uint16_t* out                                                                       \
-    ) {                                                                                                          \
-        gather<W, M, BFloat16>(records, slot, count, stride, P, static_cast<const Scalars*>(scalars), out);      \
+        const Stacks<const G::Number> gradients{first, down, cut, rest};                                         \
+        update<W, M, G>(records, slot, count, stride, static_cast<const Scalars*>(scalars), gradients);          \
     }
+#define GATHER(weights, W, moments, M, dtype, O)                                                                 \
+    extern "C" void gather_##weights##_##moments##_##dtype(                                                      \
+        const uint8_t* records, const int64_t* slot, int64_t count, int64_t stride, const void* scalars,         \
+        O::Number* first, O::Number* down, int64_t cut, int64_t rest                                             \
+    ) {                                                                                                          \
+        const Stacks<O::Number> out{first, down, cut, rest};                                                     \
+        gather<W, M, O>(records, slot, count, stride, static_cast<const Scalars*>(scalars), out);                \
+    }
+#define KERNELS(weights, W, moments, M)                \
+    UPDATE(weights, W, moments, M, float32, Float32)   \
+    UPDATE(weights, W, moments, M, bfloat16, BFloat16) \
+    GATHER(weights, W, moments, M, float32, Float32)   \
+    GATHER(weights, W, moments, M, bfloat16, BFloat16)
 
 KERNELS(fp32, Float32, fp32, Plain<Float32>)
 KERNELS(fp32, Float32, bf16, Plain<BFloat16>)

@@ -1,6 +1,6 @@
 """AdamW on the records of experts: by the kernels of native/adamw.cpp, or the same by PyTorch.
 
-Shape legend: S slots, U experts at work, P parameters of an expert.
+Shape legend: S slots, B bytes of a record, U experts at work, P parameters of an expert.
 """
 
 from collections.abc import Sequence
@@ -10,49 +10,57 @@ from torch import Tensor
 
 from moesaic.native import adamw, library
 from moesaic.native.adamw import Scalars
-from moesaic.offload.records import Layout, rounded_to_bf16
+from moesaic.offload.records import Layout, Matrices, rounded_to_bf16
 
 
 def gather(
-    layout: Layout, records_SB: Tensor, slots: Sequence[int], scalars: Sequence[Scalars], dtype: torch.dtype
-) -> Tensor:
-    """The weights in some slots as they are once caught up, [U, P], a copy; the records stay as they are."""
-    moved = any(one.pushes or one.keep != 1.0 for one in scalars)
+    layout: Layout, records_SB: Tensor, slots: Sequence[int], scalars: Sequence[Scalars], out: Matrices
+) -> None:
+    """Write the matrices in some slots, as they are once caught up, into ``out``, U experts, contiguous; the
+    records stay as they are."""
     if layout.moments is not None and library.available():
-        kinds = layout.weights, layout.moments
-        return adamw.gather(records_SB, slots, kinds, scalars, layout.shape.parameters, dtype)
-    weights = layout.weights_of(records_SB)[list(slots)]
-    if not moved:
-        return weights.to(dtype)
-    p, m, v = _read(layout, records_SB[list(slots)])
-    for n, one in enumerate(scalars):
-        _catch_up(p[n], m[n], v[n], one)
-    return p.to(dtype)
+        adamw.gather(records_SB, slots, (layout.weights, layout.moments), scalars, out)
+        return
+    stored = layout.weights_of(records_SB)
+    if any(one.pushes or one.keep != 1.0 for one in scalars):
+        stored, m, v = _read(layout, records_SB[list(slots)])
+        for n, one in enumerate(scalars):
+            _catch_up(stored[n], m[n], v[n], one)
+        slots = range(len(slots))
+    for to, matrices in zip(out, layout.shape.matrices(stored), strict=True):
+        for n, slot in enumerate(slots):
+            to[n].copy_(matrices[slot])
 
 
 def update(
-    layout: Layout, records_SB: Tensor, slots: Sequence[int], scalars: Sequence[Scalars], gradient_UP: Tensor
+    layout: Layout, records_SB: Tensor, slots: Sequence[int], scalars: Sequence[Scalars], gradients: Matrices
 ) -> None:
-    """Catch up and make a step with these gradients, float32, in place."""
+    """Catch up and make a step with these gradients, float32 or bfloat16 and contiguous, in place."""
     assert layout.moments is not None
     if library.available():
-        adamw.update(records_SB, slots, (layout.weights, layout.moments), scalars, gradient_UP)
+        adamw.update(records_SB, slots, (layout.weights, layout.moments), scalars, gradients)
         return
     where = list(slots)
     records = records_SB[where]
     p, m, v = _read(layout, records)
+    gradient_UP = torch.cat([part.flatten(1) for part in gradients], dim=1).float()
     for n, one in enumerate(scalars):
         _catch_up(p[n], m[n], v[n], one)
-        gradient = gradient_UP[n] * one.scale
-        p[n].mul_(one.decay)
-        m[n].lerp_(gradient, 1 - one.beta1)
-        v[n].mul_(one.beta2).addcmul_(gradient, gradient, value=1 - one.beta2)
-        p[n].addcdiv_(m[n], v[n].sqrt().div_(one.root).add_(one.eps), value=-one.rate)
+        step(p[n], m[n], v[n], gradient_UP[n], one)
     if layout.weights == "bf16":
         p = torch.stack([rounded_to_bf16(p[n], one.seed) for n, one in enumerate(scalars)])
     layout.weights_of(records).copy_(p)
     layout.write_moments(records, m, v)
     records_SB[where] = records
+
+
+def step(p: Tensor, m: Tensor, v: Tensor, gradient: Tensor, by: Scalars) -> None:
+    """One step of AdamW, in place, all float32."""
+    gradient = gradient * by.scale
+    p.mul_(by.decay)
+    m.lerp_(gradient, 1 - by.beta1)
+    v.mul_(by.beta2).addcmul_(gradient, gradient, value=1 - by.beta2)
+    p.addcdiv_(m, v.sqrt().div_(by.root).add_(by.eps), value=-by.rate)
 
 
 def _read(layout: Layout, records: Tensor) -> tuple[Tensor, Tensor, Tensor]:

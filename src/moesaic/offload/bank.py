@@ -4,7 +4,7 @@ The matrices of the experts that a batch hits are gathered out of the slots, a c
 while the next chunk is read. Gradients stay factors (factors.py).
 
 Shape legend: T tokens, K choices per token, R rows (token-expert pairs, sorted by expert), U experts of a
-chunk, D width, H and G the hidden width after and before the activation, P parameters of an expert.
+chunk, D width, H and G the hidden width after and before the activation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,9 @@ from moesaic.model.dispatch import Dispatch
 from moesaic.model.experts import FFNKind, activate, activate_backward
 from moesaic.model.grouped import Group
 from moesaic.offload.factors import Factors
-from moesaic.offload.records import ExpertShape
+from moesaic.offload.records import ExpertShape, Matrices
+
+_FEW, _FILLED = 4, 16  # rows
 
 
 class Source(Protocol):
@@ -27,8 +29,9 @@ class Source(Protocol):
     shape: ExpertShape
     chunk: int  # experts to gather at once
 
-    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Weights [U, P] of experts as they are now, a copy, float32 or bfloat16."""
+    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """Matrices of ``chunk`` experts at most as they are now, float32 or bfloat16; good until the next
+        call, which writes over them."""
         ...
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -47,8 +50,11 @@ class OffloadedExperts(nn.Module):
         self.trains = True
 
     def fill(self, counts_E: list[int], device: torch.device) -> list[int]:
-        """No fillers: rows are few."""
-        return counts_E
+        """How many rows the caller should lay out for each expert: in bfloat16 a multiple of 16, unless they
+        are few. oneDNN compiles a kernel for every number of rows that it meets, half a millisecond each."""
+        if not torch.is_autocast_enabled("cpu"):
+            return counts_E
+        return [count if count <= _FEW else -(-count // _FILLED) * _FILLED for count in counts_E]
 
     def take_factors(self) -> list[Factors]:
         """The gradients so far, which are then forgotten."""
@@ -96,7 +102,7 @@ class _Offloaded(torch.autograd.Function):
         weight_R1 = dispatch.weight_R(weight_TK).to(x_TD.dtype)[:, None]
         chunks = list(_chunks(dispatch, bank.source.chunk))
         for number, (experts, counts, rows) in enumerate(chunks):
-            first, down = shape.matrices(bank.source.gather(bank.layer, experts, x_TD.dtype))
+            first, down = bank.source.gather(bank.layer, experts, x_TD.dtype)
             if number + 1 < len(chunks):
                 bank.source.prefetch(bank.layer, chunks[number + 1][0])
             group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device)
@@ -121,7 +127,7 @@ class _Offloaded(torch.autograd.Function):
         dz_RG, a_RH = torch.empty_like(z_RG), x_TD.new_empty(R, shape.hidden)
         dy_RD = dy_TD.to(x_TD.dtype).index_select(0, dispatch.token_R)
         for number, (experts, counts, rows) in reversed(list(enumerate(chunks))):
-            first, down = shape.matrices(bank.source.gather(bank.layer, experts, x_TD.dtype))
+            first, down = bank.source.gather(bank.layer, experts, x_TD.dtype)
             if number:
                 bank.source.prefetch(bank.layer, chunks[number - 1][0])
             group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device)

@@ -1,14 +1,10 @@
-"""The experts of a model on disk: gathered as they are now, updated by AdamW once a step has its gradients.
-
-Shape legend: U experts of a chunk, P parameters of an expert.
-"""
+"""The experts of a model on disk: gathered as they are now, updated by AdamW after a step."""
 
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from moesaic.native.adamw import Scalars
 from moesaic.offload import adamw
@@ -16,6 +12,7 @@ from moesaic.offload.bank import OffloadedExperts
 from moesaic.offload.catch_up import AdamW, History
 from moesaic.offload.factors import Factors, merged
 from moesaic.offload.pool import Pool
+from moesaic.offload.records import Matrices
 
 Mode = Literal["exact", "lazy"]
 _CHUNK = 32  # experts at once: enough for a batched product, few for the memory
@@ -35,20 +32,23 @@ class DiskExperts:
         self.shape = self.layout.shape
         self.chunk = max(1, min(_CHUNK, pool.slots // 2))  # so that the next can be read beside it
         self.history = History(constants)
+        self._room: dict[torch.dtype, Matrices] = {}
         self.banks = [OffloadedExperts(self, layer) for layer in range(pool.store.options.layers)]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read experts that will be gathered next."""
         self.pool.prefetch(layer, experts)
 
-    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Weights [U, P] as of the last step, a copy."""
+    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """Matrices as of the last step; good until the next call or update."""
+        room = self._room_for(len(experts), dtype)
         slots = self.pool.acquire(layer, experts)
         try:
             scalars = [self._missed(layer, expert) for expert in experts]
-            return adamw.gather(self.layout, self.pool.records, slots, scalars, dtype)
+            adamw.gather(self.layout, self.pool.records, slots, scalars, room)
         finally:
             self.pool.release(slots)
+        return room
 
     def take_factors(self) -> list[tuple[int, Factors]]:
         """The gradients of every layer that has any, the last layer first."""
@@ -70,15 +70,25 @@ class DiskExperts:
 
     def _update(self, layer: int, part: Factors, rate: float, scale: float) -> None:
         index, step = self.store.index, self.history.step + 1
+        gradients = self._room_for(len(part.experts), part.x_RD.dtype)
+        part.write_gradients(gradients)
         slots = self.pool.acquire(layer, part.experts)
         try:
             index.steps[layer, part.experts] += 1
             scalars = [self._missed(layer, expert, (rate, scale, step)) for expert in part.experts]
-            adamw.update(self.layout, self.pool.records, slots, scalars, part.gradients(self.shape))
+            adamw.update(self.layout, self.pool.records, slots, scalars, gradients)
             index.stamp[layer, part.experts] = step
             self.pool.change(slots)
         finally:
             self.pool.release(slots)
+
+    def _room_for(self, experts: int, dtype: torch.dtype) -> Matrices:
+        """Room that is used again and again: to touch new pages for each chunk takes as long as to compute
+        it."""
+        if dtype not in self._room:
+            self._room[dtype] = self.shape.stacks(self.chunk, dtype)
+        first, down = self._room[dtype]
+        return first[:experts], down[:experts]
 
     def _missed(self, layer: int, expert: int, now: tuple[float, float, int] | None = None) -> Scalars:
         """What an expert missed since its stamp, and the step (rate, scale, number) that it makes ``now``."""

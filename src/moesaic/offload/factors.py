@@ -3,8 +3,8 @@
 A matrix whose expert saw n tokens has a gradient of rank n: dW = dy^T x over n rows. Kept are the rows; the
 product is made when the optimizer needs it, and its norm without making it.
 
-Shape legend: R rows, of which each expert owns some, one after the other; U experts of a chunk; D width, H
-and G the hidden width after and before the activation, P parameters of an expert.
+Shape legend: R rows, of which each expert owns some, one after the other; D width, H and G the hidden width
+after and before the activation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.model.grouped import Group
-from moesaic.offload.records import ExpertShape
+from moesaic.offload.records import Matrices
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,24 @@ class Factors:
         for start in range(0, len(self.experts), size):
             yield self.rows(start, min(start + size, len(self.experts)))
 
-    def gradients(self, shape: ExpertShape) -> Tensor:
-        """The gradients themselves, float32 [U, P]."""
-        U, device = len(self.experts), self.x_RD.device
-        group = Group(slice(0, U), slice(0, len(self.x_RD)), self.counts, device)
-        first = self.x_RD.new_empty(U, shape.inner, shape.width)
-        down = self.x_RD.new_empty(U, shape.width, shape.hidden)
+    def write_gradients(self, out: Matrices) -> None:
+        """Write the gradients themselves into stacks of as many experts."""
+        first, down = out
+        group = Group(slice(0, len(first)), slice(0, len(self.x_RD)), self.counts, self.x_RD.device)
         group.outer_products(self.dz_RG, self.x_RD, first)
         group.outer_products(self.dy_RD, self.a_RH, down)
-        return torch.cat([first.flatten(1), down.flatten(1)], dim=1).float()
 
     def squared_norm(self) -> float:
         """The sum of squares of all gradients: that of dz^T x is the sum of (x x^T) * (dz dz^T)."""
-        total = 0.0
-        parts = zip(
-            *(t.split(self.counts) for t in (self.x_RD, self.dz_RG, self.a_RH, self.dy_RD)), strict=True
-        )
-        for x, dz, a, dy in parts:
-            x, dz, a, dy = x.float(), dz.float(), a.float(), dy.float()
-            if len(x) == 1:
-                first, down = (x.square().sum() * dz.square().sum(), a.square().sum() * dy.square().sum())
-            else:
-                first, down = ((x @ x.T) * (dz @ dz.T)).sum(), ((a @ a.T) * (dy @ dy.T)).sum()
-            total += float(first + down)
-        return total
+        x, dz, a, dy = (t.float() for t in (self.x_RD, self.dz_RG, self.a_RH, self.dy_RD))
+        alone_R = torch.tensor(self.counts).eq(1).repeat_interleave(torch.tensor(self.counts))
+        total = torch.zeros((), dtype=torch.float64)
+        for left, right in ((x, dz), (a, dy)):
+            total += (left[alone_R].square().sum(1) * right[alone_R].square().sum(1)).sum()
+            for one, other in zip(left.split(self.counts), right.split(self.counts), strict=True):
+                if len(one) > 1:
+                    total += torch.dot((one @ one.T).flatten(), (other @ other.T).flatten())
+        return float(total)
 
 
 def merged(parts: Sequence[Factors]) -> Factors:

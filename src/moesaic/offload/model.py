@@ -105,8 +105,7 @@ def into_memory(model: LanguageModel) -> LanguageModel:
         if isinstance(bank, OffloadedExperts):
             own = Experts(config.experts, config.width)
             for expert in range(config.experts.count):
-                weights = bank.source.gather(bank.layer, [expert], torch.float32)
-                first, down = bank.source.shape.matrices(weights)
+                first, down = bank.source.gather(bank.layer, [expert], torch.float32)
                 own.first_matrix[expert], own.down_proj[expert] = first[0], down[0]
             module.experts = own
     return model

@@ -1,22 +1,29 @@
 """One expert as bytes: its weights, its AdamW moments, and how both become numbers and bytes again.
 
-Shape legend: S records, P parameters of one expert, N blocks of 256 of them.
+Shape legend: S records, U experts, P parameters of one expert, N blocks of 256 of them, D width, G and H the
+hidden width before and after the activation.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic.model.experts import FFNKind
+from moesaic.native import library
+from moesaic.native.normal import normal_numbers
 
 WeightKind = Literal["fp32", "bf16"]
 MomentKind = Literal["fp32", "bf16", "int8"]
 
 ALIGNED = 4096  # bytes; what direct I/O asks of addresses, offsets and lengths
 _BLOCK = 256  # parameters that share a scale (Dettmers et al. 2022, arXiv 2110.02861, use blocks too)
+Matrices = tuple[Tensor, Tensor]  # of some experts: the first [U, G, D], the last [U, D, H]
+
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -37,11 +44,16 @@ class ExpertShape:
     def parameters(self) -> int:
         return self.inner * self.width + self.width * self.hidden
 
-    def matrices(self, weights_SP: Tensor) -> tuple[Tensor, Tensor]:
+    def matrices(self, weights_SP: Tensor) -> Matrices:
         """The first matrices [S, G, D] and the last [S, D, H] out of rows of parameters."""
         cut = self.inner * self.width
         first = weights_SP[:, :cut].unflatten(1, (self.inner, self.width))
         return first, weights_SP[:, cut:].unflatten(1, (self.width, self.hidden))
+
+    def stacks(self, experts: int, dtype: torch.dtype) -> Matrices:
+        """Room for the first matrices [S, G, D] and the last [S, D, H] of so many experts."""
+        first = torch.empty(experts, self.inner, self.width, dtype=dtype)
+        return first, torch.empty(experts, self.width, self.hidden, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -128,17 +140,46 @@ def _spread(scale_SN: Tensor, P: int) -> Tensor:
 
 def initial_weights(
     shape: ExpertShape, std: tuple[float, float], seed: int, layer: int, expert: int
-) -> np.ndarray:
-    """The weights of an expert that was never trained, float32 [P]: normal, of a counter-based generator
-    (Salmon et al. 2011), so that each follows from (seed, layer, expert) alone. ``std``: of the first matrix
-    and of the last."""
-    key = np.array([seed, layer * 2**32 + expert], np.uint64)
-    generator = np.random.Generator(np.random.Philox(key=key))
-    weights: np.ndarray = generator.standard_normal(shape.parameters, dtype=np.float32)
+) -> NDArray[np.float32]:
+    """The weights of an expert that was never trained, float32 [P]: normal, to 65,536 quantiles, of a
+    counter-based generator, so that each follows from (seed, layer, expert) alone. ``std``: of the first
+    matrix and of the last."""
+    count = shape.parameters
+    if library.available():
+        weights = normal_numbers(count, _quantiles(), seed, layer, expert)
+    else:
+        weights = _quantiles()[_philox(-(-count // 8), seed, layer, expert)[:count]]
     cut = shape.inner * shape.width
-    weights[:cut] *= std[0]
-    weights[cut:] *= std[1]
+    weights[:cut] *= np.float32(std[0])
+    weights[cut:] *= np.float32(std[1])
     return weights
+
+
+@cache
+def _quantiles() -> NDArray[np.float32]:
+    """The middles of 65,536 equally likely intervals of the normal distribution, to a millionth, so that it
+    is the same however a library rounds."""
+    middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+    values: NDArray[np.float32] = (torch.special.ndtri(middles) * 2**20).round_().div_(2**20).float().numpy()
+    return values
+
+
+def _philox(blocks: int, seed: int, layer: int, expert: int) -> NDArray[np.uint16]:
+    """Philox4x32-10 (Salmon et al. 2011, section 3.3) as native/normal.cpp has it: eight numbers of 16 bits
+    for each block."""
+    low, shift = np.uint64(2**32 - 1), np.uint64(32)
+    c = [np.arange(blocks, dtype=np.uint64), *(np.full(blocks, v, np.uint64) for v in (0, expert, layer))]
+    keys = [seed % 2**32, seed >> 32]
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [
+            (b >> shift) ^ c[1] ^ np.uint64(keys[0]),
+            b & low,
+            (a >> shift) ^ c[3] ^ np.uint64(keys[1]),
+            a & low,
+        ]
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    return np.stack(c, axis=1).astype("<u4").reshape(-1).view("<u2")
 
 
 def rounded_to_bf16(values: Tensor, seed: int) -> Tensor:

@@ -30,7 +30,7 @@ from moesaic.files import explained, human_size, write_atomic
 from moesaic.model.experts import FFNKind
 from moesaic.offload.records import ExpertShape, Layout, initial_weights
 
-FORMAT = 1
+FORMAT = 2  # 1 began untouched experts of another generator
 INDEX = "experts.safetensors"  # in a checkpoint
 _GROW = 64  # records that room is reserved for at once
 _NONE = -1
@@ -179,8 +179,8 @@ class Store:
     def _begin(self, layer: int, expert: int, into: memoryview) -> None:
         options = self.options
         weights = initial_weights(options.layout.shape, options.std, options.seed, layer, expert)
-        into[:] = bytes(len(into))  # no moments yet
         record = torch.frombuffer(into, dtype=torch.uint8)[None]
+        record[:, options.layout.sizes[0] :] = 0  # no moments yet
         options.layout.weights_of(record).copy_(torch.from_numpy(weights)[None])
 
     # ---- writing ------------------------------------------------------------------------------------

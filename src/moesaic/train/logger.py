@@ -154,8 +154,8 @@ class Logger:
             self.live_every if self.in_terminal else self.plain_every
         )
 
-    def progress(self, step: int, loss: float, tokens_per_second: float, balance: float | None) -> None:
-        """Show where training is."""
+    def progress(self, step: int, loss: float, tokens_per_second: float, more: str) -> None:
+        """Show where training is, and a few words more."""
         now = self.last_shown = time.monotonic()
         self.pace = [*self.pace[-49:], (now, step)]
         (then, first), (last, latest) = self.pace[0], self.pace[-1]
@@ -167,9 +167,7 @@ class Logger:
             f"ETA {_clock(eta)}",
             f"{peak_memory() / 2**20:,.0f} MB",
         ]
-        if balance is not None:
-            parts.append(f"balance {balance:.2f}")
-        line = "  ".join(parts)
+        line = "  ".join([*parts, more]).rstrip()
         if self.in_terminal:
             self.live.update(Text(line, style="cyan"))
         else:

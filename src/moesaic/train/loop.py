@@ -7,26 +7,30 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from moesaic.analysis.evaluate import Evaluation, evaluate
 from moesaic.analysis.plots import load_heatmap, loss_curve, specialisation_heatmap
-from moesaic.analysis.routing import counts_per_layer, dropped_share, specialisation, summarise_load
+from moesaic.analysis.routing import specialisation, summarise_load
 from moesaic.data.preferences import PreferenceStore
 from moesaic.errors import DataError, DivergedError, RecipeError, ResourceError, Stopped
 from moesaic.files import RunLock, explained
 from moesaic.generate import SampleOptions, stream
+from moesaic.machine import give_back_freed_memory
 from moesaic.train.interrupt import Interrupt
 from moesaic.train.logger import Logger
+from moesaic.train.meter import Meter
 from moesaic.train.objectives import Batch, Loss
-from moesaic.train.optim import schedule_factor, set_learning_rate
-from moesaic.train.recipe import Recipe, TrainOptions, load_recipe
+from moesaic.train.optim import clip, gradient_norm, schedule_factor, set_learning_rate
+from moesaic.train.recipe import Recipe, load_recipe
 from moesaic.train.rundir import check_same_run, choose_directory, create, read_rows, stored_recipe
 from moesaic.train.session import Progress, Session, build_session, step_seed
 from moesaic.weights.checkpoint import newest_valid, save, write_checkpoint
 
 # A run that must pass over more batches than this is not having bad luck.
 _MOST_PASSED_OVER = 20
+# Steps with experts on disk, whose memory is promised, after which what was freed goes back to the system:
+# glibc leaves more holes from step to step (arche-7b: 70 MB each), and the step after pays for new pages.
+_GIVE_BACK_EVERY = 4
 
 
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -63,7 +67,7 @@ def run(name: str, overrides: Sequence[str] = (), *, resume: bool = False) -> Pa
 
 def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrupt: Interrupt) -> None:
     recipe, options = session.recipe, session.recipe.train
-    meter = _Meter()
+    meter = Meter()
     session.model.train()
     while progress.step < options.steps:
         step = progress.step + 1
@@ -76,12 +80,12 @@ def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrup
             loss, norm = train_step(session, step)
             if norm is None:
                 progress = _not_finite(session, progress, step, loss, run, log)
-                meter = _Meter()
+                meter = Meter()
                 continue
             meter.add(loss, norm, time.perf_counter() - started)
             stage = session.curriculum.after_step(_mean_loss(loss))
             if log.due(step):
-                log.progress(step, *meter.now(options))
+                log.progress(step, *meter.now(session))
         else:
             session.curriculum.pass_over()
         progress.step = step
@@ -92,7 +96,7 @@ def _loop(session: Session, progress: Progress, run: Path, log: Logger, interrup
         last = step == options.steps
         if meter.losses and (step % options.log_every == 0 or last):
             log.row(meter.row(session, progress))
-            meter = _Meter()
+            meter = Meter()
         if step % recipe.eval.every == 0 or last:
             _evaluate(session, progress, log)
         if stage is not None:
@@ -122,7 +126,7 @@ def train_step(session: Session, step: int) -> tuple[list[Loss], float | None]:
             return losses, None
         (loss.total / options.accumulate).backward()
     gradients = [p.grad for p in session.trainable if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = gradient_norm(gradients)
     factors = [] if session.experts is None else session.experts.take_factors()
     if factors:  # gradients of experts on disk, which are never made as a whole
         norm = (norm.square() + sum(part.squared_norm() for _, part in factors)).sqrt()
@@ -131,13 +135,14 @@ def train_step(session: Session, step: int) -> tuple[list[Loss], float | None]:
         return losses, None
     scale = 1.0
     if options.clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(session.trainable, options.clip, norm)
-        scale = min(1.0, options.clip / (float(norm) + 1e-6))  # as PyTorch clips
+        scale = clip(session.optimizers, norm, options.clip)
     for optimizer in session.optimizers:
         optimizer.step()
     if session.experts is not None:
         rate = session.recipe.optim.lr * schedule_factor(session.recipe.schedule, step, options.steps)
         session.experts.update(factors, rate, scale)
+        if step % _GIVE_BACK_EVERY == 0:
+            give_back_freed_memory()
     _clear_gradients(session)
     _after_step(session, losses)
     return losses, float(norm)
@@ -200,7 +205,10 @@ def _not_finite(
 def _evaluate(session: Session, progress: Progress, log: Logger) -> Evaluation:
     started = time.perf_counter()
     seq_len = session.recipe.train.seq_len
-    result = evaluate(session.model, session.store, session.eval_batch_size(), seq_len, session.precision)
+    size, most = session.eval_batch_size(), session.recipe.eval.windows
+    result = evaluate(session.model, session.store, size, seq_len, session.precision, most)
+    if session.experts is not None:
+        give_back_freed_memory()
     progress.seconds += time.perf_counter() - started
     row: dict[str, Any] = {
         "step": progress.step,
@@ -333,54 +341,6 @@ def _draw(run: Path, plots: Path) -> None:
         if len(counts) > 1:
             shares = torch.stack([specialisation(counts_CE) for counts_CE in counts_LCE])
             specialisation_heatmap(shares, layers, list(counts), plots / "domains.png")
-
-
-class _Meter:
-    """Gathers steps until a row is due."""
-
-    def __init__(self) -> None:
-        self.losses: list[dict[str, Tensor]] = []
-        self.last: list[Loss] = []
-        self.norm, self.seconds, self.steps = 0.0, 0.0, 0
-
-    def add(self, losses: list[Loss], norm: float, seconds: float) -> None:
-        self.losses += [loss.parts for loss in losses]
-        self.last, self.norm = losses, norm
-        self.seconds += seconds
-        self.steps += 1
-
-    def now(self, options: TrainOptions) -> tuple[float, float, float | None]:
-        """For the eye: the mean loss, the pace, and how uneven the experts' load is since the last row."""
-        loss = float(torch.stack([parts["main"] for parts in self.losses]).mean())
-        pace = self.steps * options.batch_size * options.seq_len / self.seconds
-        routings = self.last[-1].routings
-        balance = summarise_load(counts_per_layer(routings, wanted=True)).balance if routings else None
-        return loss, pace, balance
-
-    def row(self, session: Session, progress: Progress) -> dict[str, Any]:
-        """A row of metrics.jsonl: losses are means since the last row, the load is the last step's."""
-        options = session.recipe.train
-        parts = {k: torch.stack([p[k] for p in self.losses]).mean().item() for k in self.losses[0]}
-        row: dict[str, Any] = {
-            "step": progress.step,
-            "split": "train",
-            "loss": parts.pop("main"),
-            "tokens": progress.tokens,
-            "time": progress.seconds,
-            "tokens_per_second": self.steps * options.batch_size * options.seq_len / self.seconds,
-            "lr": session.optimizers[-1].param_groups[0]["lr"],
-            "grad_norm": self.norm,
-            **{f"loss_{name}": value for name, value in parts.items()},
-        }
-        if self.last[0].routings:
-            wanted_LE = torch.stack([counts_per_layer(loss.routings, wanted=True) for loss in self.last]).sum(
-                0
-            )
-            load = summarise_load(wanted_LE)
-            row |= {"balance": load.balance, "balance_layers": [round(b, 4) for b in load.balance_L]}
-            row |= {"dead": load.dead_share, "load_entropy": load.entropy}
-            row |= {"drop": dropped_share([r for loss in self.last for r in loss.routings])}
-        return row
 
 
 def _make_directory(run: Path) -> None:

@@ -242,6 +242,7 @@ def _eval_seconds(session: Session) -> float:
         session.eval_batch_size(),
         session.recipe.train.seq_len,
         session.precision,
+        session.recipe.eval.windows,
     )
     return time.perf_counter() - start
 

@@ -16,6 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moesaic.config import Options
+from moesaic.native import adamw, library
+from moesaic.native.adamw import Scalars
+from moesaic.offload.adamw import step as plain_step
 
 
 class OptimOptions(Options):
@@ -68,6 +71,89 @@ def schedule_factor(options: ScheduleOptions, step: int, steps: int) -> float:
     if options.kind == "cosine":
         return options.final + (1 - options.final) * 0.5 * (1 + math.cos(math.pi * progress))
     return 1.0 - (1.0 - options.final) * progress
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) for bfloat16 parameters, whose float32 values it keeps (``master``, as mixed
+    precision has it: arXiv 1710.03740, section 3.1) and rounds to the nearest after each step. Gradients are
+    taken times ``scale``, which clips them without a pass of its own."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.scale = 1.0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "master" not in state:
+            state["master"] = parameter.float()
+        if "step" not in state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(state["master"])
+            state["exp_avg_sq"] = torch.zeros_like(state["master"])
+        state["step"] += 1
+        (beta1, beta2), count = group["betas"], int(state["step"])
+        scalars = Scalars(
+            decay=1 - group["lr"] * group["weight_decay"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            rate=group["lr"] / (1 - beta1**count),
+            root=math.sqrt(1 - beta2**count),
+            scale=self.scale,
+        )
+        values = state["master"], state["exp_avg"], state["exp_avg_sq"]
+        if parameter.device.type == "cpu" and library.available():
+            adamw.master_step(parameter, gradient.contiguous(), *values, scalars)
+        else:
+            plain_step(*values, gradient.float(), scalars)
+            parameter.copy_(state["master"])
+
+
+def half(model: nn.Module) -> None:
+    """Round the matrices of linear layers and embeddings to bfloat16, for ``MasterAdamW``. Routers, norms and
+    stacks of experts stay as they are."""
+    for module in model.modules():
+        if type(module) in (nn.Linear, nn.Embedding):
+            module.weight.data = module.weight.data.bfloat16()
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all of them, a float32 scalar whatever their dtype."""
+    norms = [_norm(gradient) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(0.0)
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    if gradient.dtype == torch.bfloat16 and gradient.device.type == "cpu" and library.available():
+        return torch.tensor(math.sqrt(adamw.squared_norm(gradient.contiguous())))
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return norm
+
+
+def clip(optimizers: Sequence[torch.optim.Optimizer], norm: Tensor, most: float) -> float:
+    """Have the step that follows take gradients of this norm times at most ``most / norm``, as
+    ``torch.nn.utils.clip_grads_with_norm_`` does; that factor."""
+    factor = min(1.0, most / (float(norm) + 1e-6))
+    for optimizer in optimizers:
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.scale = factor
+        else:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return factor
 
 
 class Muon(torch.optim.Optimizer):
@@ -182,8 +268,12 @@ def build_optimizers(model: nn.Module, options: OptimOptions) -> list[torch.opti
     groups = [group for group in groups if group["params"]]
     if options.kind == "rmsprop":
         optimizers.append(torch.optim.RMSprop(groups, options.lr, alpha=options.betas[1], eps=options.eps))
-    elif groups:
-        optimizers.append(torch.optim.AdamW(groups, options.lr, options.betas, options.eps, fused=True))
+    else:
+        whole, rounded = _divided(groups)
+        if whole:
+            optimizers.append(torch.optim.AdamW(whole, options.lr, options.betas, options.eps, fused=True))
+        if rounded:
+            optimizers.append(MasterAdamW(rounded, options.lr, options.betas, options.eps))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -220,6 +310,9 @@ def load_optimizer_tensors(
         parameter = parameters[name]
         if parameter not in owner:
             raise KeyError(name)
+        if key == "master" and parameter.dtype == torch.float32:  # a machine that does not multiply bfloat16
+            parameter.data.copy_(tensor)
+            continue
         # A clone: what a checkpoint gives are maps of its files, which pruning will remove.
         owner[parameter].state[parameter][key] = tensor.to(parameter.device).clone()
 
@@ -241,8 +334,18 @@ def missing_state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer])
 _STATE: dict[type[torch.optim.Optimizer], set[str]] = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.RMSprop: {"step", "square_avg"},
+    MasterAdamW: {"step", "master", "exp_avg", "exp_avg_sq"},
     Muon: {"momentum_buffer"},
 }
+
+
+def _divided(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Groups of the parameters that are float32, and of those that are bfloat16."""
+    whole, rounded = (
+        [{**g, "params": [p for p in g["params"] if (p.dtype == torch.bfloat16) == half]} for g in groups]
+        for half in (False, True)
+    )
+    return [g for g in whole if g["params"]], [g for g in rounded if g["params"]]
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -26,8 +26,10 @@ class TrainOptions(Options):
 
     One step sees ``batch_size`` windows of ``seq_len`` tokens in ``accumulate`` equal parts. ``epochs``,
     where given, decides ``steps``: so often all conversations or pairs are seen, or as many tokens as the
-    text has. ``precision = "auto"`` is bf16 where the processor multiplies it in hardware, else fp32; the
-    weights and the optimizer stay fp32 either way. ``freeze`` names parameters by pattern
+    text has. ``precision = "auto"`` is bf16 where the processor multiplies it in hardware, else fp32.
+    ``weights = "bf16"`` keeps matrices as they are multiplied, where precision is bf16: nothing is cast in a
+    step, gradients are bfloat16 too, and AdamW has the float32 values; otherwise weights are float32.
+    ``freeze`` names parameters by pattern
     (``model.layers.*.mlp.experts.*``); ``only`` trains nothing but what it names; ``lora`` trains low-rank
     changes (model/lora.py) and, of all else, what ``only`` names. ``on_nan`` says what
     a loss that is not finite does: ``stop`` the run, ``skip`` that batch, or ``rollback`` to the last
@@ -40,6 +42,7 @@ class TrainOptions(Options):
     seq_len: int = Field(256, ge=1)
     accumulate: int = Field(1, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    weights: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     clip: float | None = Field(None, gt=0)
     log_every: int = Field(10, ge=1)
@@ -54,12 +57,17 @@ class TrainOptions(Options):
             raise ValueError(
                 f"batch_size = {self.batch_size} does not divide by accumulate = {self.accumulate}"
             )
+        if self.weights == "bf16" and self.accumulate > 1:
+            raise ValueError(
+                'weights = "bf16" has gradients in bfloat16, too coarse to sum the parts of a batch in; '
+                "set accumulate to 1"
+            )
         return self
 
 
 class EvalOptions(Options):
-    """Every ``every`` steps and at the end: the loss on the whole validation part; before the end, a
-    sample too.
+    """Every ``every`` steps and at the end: the loss on the validation part, or on its first ``windows`` of
+    each domain; before the end, a sample too.
 
     ``batch_size`` windows at once (default: as many as make 16,384 tokens), ``sample`` new tokens
     (0: no sample) after ``prompt`` (default: the first token of the validation part). ``tasks`` are
@@ -68,6 +76,7 @@ class EvalOptions(Options):
     """
 
     every: int = Field(500, ge=1)
+    windows: int | None = Field(None, ge=1)
     batch_size: int | None = Field(None, ge=1)
     sample: int = Field(200, ge=0)
     prompt: str | None = Field(None, min_length=1)
@@ -132,6 +141,10 @@ class Recipe(Options):
             raise ValueError(
                 "train.accumulate: kto measures an answer against the others of its part of the batch; leave "
                 "two pairs or more in each"
+            )
+        if self.train.weights == "bf16" and self.optim.kind != "adamw":
+            raise ValueError(
+                'train.weights: with "bf16" AdamW has the float32 values; set optim.kind to adamw'
             )
         if self.offload.memory is not None and self.optim.kind != "adamw":
             raise ValueError("offload.memory: experts on disk are AdamW's; set optim.kind to adamw")

@@ -19,7 +19,7 @@ from moesaic.data.store import Store
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import human_size
 from moesaic.lm import LM
-from moesaic.machine import keep_freed_memory, multiplies_bf16, return_freed_memory, total_memory
+from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.lora import add_lora
 from moesaic.model.transformer import LanguageModel
@@ -29,7 +29,7 @@ from moesaic.offload.model import FOLDER, about, build_on_disk, index_tensors
 from moesaic.offload.store import INDEX, Index
 from moesaic.train.curriculum import Curriculum, CurriculumOptions
 from moesaic.train.objectives import Batch, Objective, objective_of
-from moesaic.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
+from moesaic.train.optim import build_optimizers, half, load_optimizer_tensors, optimizer_tensors
 from moesaic.train.recipe import Recipe
 from moesaic.train.references import add_reference
 from moesaic.train.start import carried_along, take_optimizer, take_weights
@@ -187,8 +187,7 @@ def build_session(
 ) -> Session:
     """Prepare the data, then build and seed the model; prints what trains through ``say``. Raises Stopped
     once ``stopped`` says so while text is prepared. ``run`` is where experts on disk are kept."""
-    # Experts on disk keep a promise of memory; what else is freed is given back then.
-    (keep_freed_memory if recipe.offload.memory is None else return_freed_memory)()
+    keep_freed_memory()
     if recipe.start is None:
         _check_needs_no_model(recipe)
     device = _device(recipe)
@@ -221,6 +220,8 @@ def build_session(
     if recipe.train.lora is not None:
         add_lora(model, recipe.train.lora)
     model.to(device)
+    if recipe.train.weights == "bf16" and _in_bf16(recipe, device):
+        half(model)
     _say_what_trains(model, recipe, say)
     optimizers = build_optimizers(model, recipe.optim)
     resumes = run is not None and any((run / "checkpoints").glob("step-*"))
