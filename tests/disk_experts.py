@@ -10,8 +10,9 @@ from moesaic.model.dispatch import Dispatch, sort_by_expert
 from moesaic.model.experts import ExpertOptions, Experts, FFNKind
 from moesaic.offload.catch_up import AdamW
 from moesaic.offload.experts import DiskExperts
+from moesaic.offload.origins import Generated
 from moesaic.offload.pool import Pool
-from moesaic.offload.records import ExpertShape, Layout, MomentKind, WeightKind, initial_weights
+from moesaic.offload.records import ExpertShape, Layout, MomentKind, WeightKind
 from moesaic.offload.store import Store, StoreOptions
 from moesaic.routing import Routing
 
@@ -23,21 +24,24 @@ def options(
     kind: FFNKind = "swiglu", weights: WeightKind = "fp32", moments: MomentKind | None = "fp32", **more: Any
 ) -> StoreOptions:
     hidden = more.pop("hidden", H)
-    settings = {"layers": L, "experts": E, "seed": 7, "std": (0.2, 0.2), **more}
+    begin = Generated(more.pop("seed", 7), more.pop("std", (0.2, 0.2)))
+    settings = {"layers": L, "experts": E, "origin": begin, **more}
     return StoreOptions(Layout(ExpertShape(kind, D, hidden), weights, moments), **settings)
 
 
 def disk(folder: Path, given: StoreOptions | None = None, slots: int = 40, **more: Any) -> DiskExperts:
     store = Store.open(folder, given or options(), write=True)
-    return DiskExperts(Pool(store, slots * store.record, threads=2), CONSTANTS, **more)
+    return DiskExperts(Pool(store, slots * store.record, threads=2), store, CONSTANTS, **more)
 
 
 def in_memory(given: StoreOptions, layer: int) -> Experts:
     """The bank that a layer of a new store is."""
     shape = given.layout.shape
     bank = Experts(ExpertOptions(kind=shape.kind, hidden=shape.hidden, count=given.experts), shape.width)
-    rows = [initial_weights(shape, given.std, given.seed, layer, e) for e in range(given.experts)]
-    first, down = shape.matrices(torch.stack([torch.from_numpy(row) for row in rows]))
+    weights = torch.empty(given.experts, shape.parameters)
+    for expert in range(given.experts):
+        given.origin.fill(shape, layer, expert, weights[expert])
+    first, down = shape.matrices(weights)
     with torch.no_grad():
         bank.first_matrix.copy_(first)
         bank.down_proj.copy_(down)

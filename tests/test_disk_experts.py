@@ -235,7 +235,7 @@ def test_a_run_on_disk_is_exported_measured_and_begun_from(tmp_path: Path) -> No
     report = dry_run(tiny(tmp_path, *words, f"out={tmp_path / 'dry'}"), lambda sentence: None)
     assert report.numbers["parameters"] == lm.config.parameters().total
     assert not (tmp_path / "dry").exists()
-    with pytest.raises(RecipeError, match="begins anew; leave start out"):
+    with pytest.raises(RecipeError, match="export it first"):
         run_tiny(tmp_path, "again", f"start={run}", *words)
     with pytest.raises(RecipeError, match="'12 apples' is no size"):
         tiny(tmp_path, "offload.memory=12 apples")

@@ -139,7 +139,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 
     ours.store._free.clear()
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ResourceError, match=r"no room for another .* of experts .*go on with --resume"):
+    with pytest.raises(ResourceError, match=r"another .* of experts cannot be written: .*with --resume"):
         train(ours, range(3, 40))
 
 
@@ -185,7 +185,7 @@ WORDS = [
 
 
 def test_killed_at_random_instants_it_ends_where_an_undisturbed_run_does(tmp_path: Path) -> None:
-    """Twelve kills here; benchmarks/kill_offload.py makes two hundred."""
+    """Twelve kills here; benchmarks/kill_and_resume.py --on-disk makes two hundred."""
     tests, draw, kills = str(Path(__file__).parent), random.Random(3), 0
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()

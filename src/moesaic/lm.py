@@ -4,6 +4,7 @@ Shape legend: B batch, T positions, V vocabulary.
 """
 
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,16 @@ from moesaic.model.lora import LoRAOptions, add_lora, merge_lora
 from moesaic.model.packed import Layout, pack
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.native import library
-from moesaic.offload.model import FOLDER, read_on_disk, replace_banks
+from moesaic.offload.model import FOLDER, check_config, read_on_disk, replace_banks, shape_of
+from moesaic.offload.origins import Files
 from moesaic.offload.store import INDEX
 from moesaic.routing import Routing
 from moesaic.weights.checkpoint import newest_valid, read_checkpoint, step_of
 from moesaic.weights.contents import Contents
 from moesaic.weights.hf import is_hf, load_hf, load_tokenizer, open_hf, stop_ids
 from moesaic.weights.manifest import is_valid
+from moesaic.weights.shards import Shards
+from moesaic.weights.streamed import Sources, banks_in_files, experts_in_files, is_expert
 
 DISK_MEMORY = 2**30  # bytes for experts that are on disk, where the caller does not say
 
@@ -152,7 +156,7 @@ class LM:
 
 
 def load(
-    directory: str | Path, device: str = "cpu", *, as_stored: bool = False, memory: int = DISK_MEMORY
+    directory: str | Path, device: str = "cpu", *, as_stored: bool = False, memory: int | None = None
 ) -> LM:
     """Open a run directory, one of its checkpoints, its ``model`` folder, an export, or any Hugging Face
     directory of a family that moesaic knows (weights/families.py); checksums verified where there are any.
@@ -160,17 +164,20 @@ def load(
     Of a run directory, the finished ``model`` is taken unless a newer checkpoint exists; it becomes float32,
     or with ``as_stored`` keeps the bfloat16 in which frozen experts were left, to train on from there. Raises
     CheckpointError (exit 4) naming the damaged file, RecipeError for a path that holds no model,
-    ResourceError for a model that memory cannot hold. Experts on disk stay there; ``memory`` bytes hold those
-    in use.
+    ResourceError for a model that memory cannot hold. With ``memory`` experts stay on disk, in whatever files
+    the model has, and so many bytes hold those in use; a run with experts on disk has ``DISK_MEMORY``
+    otherwise.
     """
     path = Path(directory).expanduser()
     if not path.is_dir():
         raise RecipeError(f"{path}: no such directory")
+    if memory is not None and device != "cpu":
+        raise RecipeError("offload.memory: experts on disk are computed on the CPU; leave --device out")
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise RecipeError(f"device = {device!r}: PyTorch sees none such here; use cpu, or cuda where it is")
     keep_freed_memory()
     if is_hf(path):
-        config, model = load_hf(path, device, warnings.warn)
+        config, model = load_hf(path, device, warnings.warn, memory)
         return LM(config, model, load_tokenizer(path), path, stop_ids(path))
     path, contents = _find(path)
     try:
@@ -187,8 +194,15 @@ def load(
         if "lora" in about:
             add_lora(model, validate(LoRAOptions, about["lora"], where=str(path / "moesaic.json")))
         if "offload" in about:
-            folder = (path.parent if path.name == "model" else path.parent.parent) / FOLDER
-            replace_banks(model, read_on_disk(folder, about["offload"], contents.tensors[INDEX], memory))
+            home = path.resolve()
+            folder = (home.parent if home.name == "model" else home.parent.parent) / FOLDER
+            room = DISK_MEMORY if memory is None else memory
+            experts = read_on_disk(folder, about["offload"], contents.tensors[INDEX], room)
+            replace_banks(model, experts.banks)
+            weakref.finalize(model, experts.close)
+        elif memory is not None:
+            replace_banks(model, banks_in_files(_files(path, config, tensors), config, memory))
+            tensors = {name: tensor for name, tensor in tensors.items() if not is_expert(name)}
     model.to_empty(device=device)
     if config.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -204,6 +218,37 @@ def load(
     merge_lora(model)  # a run keeps matrices and changes apart; whoever opens it sees their sum
     stop = frozenset(about.get("stop_ids", []))
     return LM(config, model.eval(), Tokenizer.load(path / "tokenizer.json"), path, stop)
+
+
+def _files(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> Files:
+    """Where the experts of a model of our own are in its file."""
+    check_config(config)
+    sources: Sources = {name: [(name, ())] for name in tensors if is_expert(name)}
+    try:
+        return experts_in_files(config, sources, Shards(path))
+    except KeyError as missing:
+        reason = f"{path}: model.safetensors does not fit moesaic.json: no {missing.args[0]}"
+        raise CheckpointError(reason) from None
+
+
+def experts_of(directory: str | Path, config: ModelConfig) -> Files:
+    """Where the experts of a model are in its files, for a run that begins from them. Raises RecipeError
+    where ``config`` has other experts, or they are on disk already, and as ``load``."""
+    path = Path(directory).expanduser()
+    if is_hf(path):
+        found = open_hf(path)
+        theirs, files = found.config, found.experts()
+    else:
+        path, contents = _find(path)
+        about = contents.json["moesaic.json"]
+        if "offload" in about or "lora" in about:
+            raise RecipeError(f"start = {directory}: export it first (moesaic export), and begin from that")
+        theirs = validate(ModelConfig, about["model"], where=str(path / "moesaic.json"))
+        files = _files(path, theirs, contents.tensors["model.safetensors"])
+    mine = (config.moe_layers, config.experts.count, shape_of(config))
+    if mine != (theirs.moe_layers, theirs.experts.count, shape_of(theirs)):
+        raise RecipeError(f"start = {directory}: model.* makes other experts of it; leave model.experts out")
+    return files
 
 
 def described(directory: str | Path) -> tuple[ModelConfig, Path | None]:

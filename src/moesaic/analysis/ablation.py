@@ -62,9 +62,11 @@ def role_report(
     alone: list[str],
     seq_len: int,
     say: Callable[[str], None],
+    memory: int | None = None,
 ) -> RoleReport:
-    """Read the model and the labelled files (``NAME=FILE``) and measure. Raises RecipeError, DataError."""
-    lm = load(model)
+    """Read the model and the labelled files (``NAME=FILE``) and measure; ``memory`` is as ``load`` has it.
+    Raises RecipeError, DataError."""
+    lm = load(model, memory=memory)
     if not lm.config.moe_layers:
         raise RecipeError(f"{model}: is a dense model; it has no experts to show")
     if lm.config.position == "learned":

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.cli.arguments import AsJson
+from moesaic.cli.arguments import AsJson, memory_of
 from moesaic.errors import RecipeError
 from moesaic.terminal import out, say
 
@@ -61,10 +61,13 @@ def eval_model(
         suite.check()
     if own.files:  # before anything is computed
         say(f"{sum(map(len, own.examples.values())):,} rows of --data")
-    results = {}
+    words = [str(path) for path in models if "=" in str(path) and not path.exists()]
+    memory, results = memory_of(words), {}
     for path in models:
+        if str(path) in words:
+            continue
         say(f"evaluating {path}")
-        lm = load(path)
+        lm = load(path, memory=memory)
         found = suite.run(lm, say) if suite.tasks or suite.local else {}
         results[str(path)] = {**found, **own.run(lm, say)}
     if as_json:

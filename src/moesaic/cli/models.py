@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from moesaic.cli.arguments import AsJson, ModelDir, Prompt
+from moesaic.cli.arguments import AsJson, ModelDir, Prompt, memory_of
 from moesaic.errors import RecipeError
 from moesaic.terminal import err, out, print_rows, prompt_text, say, write
 
 
 def generate(
+    context: typer.Context,
     model: ModelDir,
     prompt: Prompt,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 200,
@@ -33,7 +34,7 @@ def generate(
     from moesaic.lm import load
 
     text = prompt_text(prompt)
-    lm = load(model, device)
+    lm = load(model, device, memory=memory_of(context.args))
     lm.ids(text)  # refused before anything is echoed
     lm.lay_out(weights)
     write(text)
@@ -43,6 +44,7 @@ def generate(
 
 
 def chat(
+    context: typer.Context,
     model: ModelDir,
     system: Annotated[str | None, typer.Option(help="What the model is told about itself.")] = None,
     experts: Annotated[bool, typer.Option("--experts", help="Show which expert said what.")] = False,
@@ -57,7 +59,7 @@ def chat(
     from moesaic.chat import Chat, run_chat
     from moesaic.lm import load
 
-    lm = load(model, device)
+    lm = load(model, device, memory=memory_of(context.args))
     if experts and not lm.config.moe_layers:
         raise RecipeError(f"{model}: is a dense model; it has no experts to show")
     lm.lay_out(weights)
@@ -68,6 +70,7 @@ def chat(
 
 
 def inspect(
+    context: typer.Context,
     model: ModelDir,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="A text to look at; - reads standard input.")
@@ -101,12 +104,13 @@ def inspect(
         raise RecipeError("--without and --only measure a loss on labelled text; give --data NAME=FILE")
     if data and tokens:
         raise RecipeError("--tokens shows the tokens of a --prompt; --data has too many")
+    memory = memory_of(context.args)
     if prompt is not None:
-        _inspect_prompt(model, prompt, tokens, most, picture, as_json)
+        _inspect_prompt(model, memory, prompt, tokens, most, picture, as_json)
         return
     from moesaic.analysis.ablation import role_report
 
-    report = role_report(model, data or [], without or [], only or [], seq_len, say)
+    report = role_report(model, data or [], without or [], only or [], seq_len, say, memory)
     if picture is not None:
         report.draw(picture)
     if as_json:
@@ -118,12 +122,18 @@ def inspect(
 
 
 def _inspect_prompt(
-    model: Path, prompt: str, tokens: bool, most: int, picture: Path | None, as_json: bool
+    model: Path,
+    memory: int | None,
+    prompt: str,
+    tokens: bool,
+    most: int,
+    picture: Path | None,
+    as_json: bool,
 ) -> None:
     from moesaic.analysis.prompt import route_prompt
     from moesaic.lm import load
 
-    routing = route_prompt(load(model), prompt_text(prompt))
+    routing = route_prompt(load(model, memory=memory), prompt_text(prompt))
     if not routing.routings:
         raise RecipeError(f"{model}: is a dense model; it has no experts to show")
     if picture is not None:

@@ -10,28 +10,32 @@ from moesaic.errors import CheckpointError
 from moesaic.terminal import print_rows, say
 
 if TYPE_CHECKING:
-    from moesaic.offload.store import Store
+    from moesaic.offload.store import Index, Store
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory with experts on disk.")]
 
 
-def _opened(run: Path, write: bool = False) -> tuple["Store", int]:
-    """The store of a run as its newest checkpoint refers to it, and that checkpoint's step. Raises
-    CheckpointError where there is none."""
+def _opened(run: Path, write: bool = False) -> tuple["Store", "dict[Path, Index]"]:
+    """The store of a run as the newest that was saved of it refers to it, and all indexes, that one first.
+    Raises CheckpointError where there is none."""
     from moesaic.offload.model import FOLDER
-    from moesaic.offload.store import INDEX, Index, Store
-    from moesaic.weights.checkpoint import newest_valid, read_tensors, step_of
+    from moesaic.offload.store import Store
+    from moesaic.weights.checkpoint import newest_valid
+    from moesaic.weights.indexes import indexes
 
     store = Store.open(run / FOLDER, write=write)
-    newest = newest_valid(run, say)
-    if newest is None:
+    found = indexes(run)
+    newest = None
+    try:
+        newest = newest_valid(run, say)
+    except CheckpointError:
+        if run / "model" not in found:
+            raise
+    first = newest or run / "model"
+    if first not in found:
         raise CheckpointError(f"{run}: has saved no checkpoint yet, so nothing says which expert is where")
-    kept = []
-    for path in [*newest.parent.glob("step-*"), run / "model"]:
-        if (path / INDEX).exists():
-            kept.append(Index.of(read_tensors(path, INDEX)))
-    store.go_back(Index.of(read_tensors(newest, INDEX)), kept)
-    return store, step_of(newest)
+    store.go_back(found[first], found.values())
+    return store, {first: found.pop(first), **found}
 
 
 def info(run: RunDir, as_json: AsJson = False) -> None:
@@ -39,9 +43,12 @@ def info(run: RunDir, as_json: AsJson = False) -> None:
     import numpy as np
 
     from moesaic.files import human_size
+    from moesaic.offload.store import INDEX
+    from moesaic.weights.checkpoint import read_tensors
 
-    store, step = _opened(run)
-    options, index = store.options, store.index
+    store, found = _opened(run)
+    newest = next(iter(found))
+    options, index, step = store.options, store.index, len(read_tensors(newest, INDEX)["rates"])
     total = options.layers * options.experts
     trained = int((index.stamp > 0).sum())
     ages = step - index.stamp[index.stamp > 0]
@@ -52,7 +59,7 @@ def info(run: RunDir, as_json: AsJson = False) -> None:
             "experts",
             f"{total:,} in {options.layers} layers, {options.layout.shape.parameters:,} parameters each",
         ),
-        ("as of step", f"{step:,}"),
+        ("as of", f"{newest.name}, after {step:,} updates"),
         ("ever trained", f"{trained:,} ({100 * trained / total:.1f} %)"),
         (
             "a record",
@@ -70,14 +77,20 @@ def info(run: RunDir, as_json: AsJson = False) -> None:
 
 
 def verify(run: RunDir) -> None:
-    """Read every record and check it; names each expert that is damaged, and fails if there is one."""
-    store, step = _opened(run)
-    bad = store.damaged()
-    for _, _, reason in bad:
-        say(reason)
-    if bad:
-        raise CheckpointError(f"{run}: {len(bad)} of its experts are damaged")
-    say(f"{int((store.index.place >= 0).sum()):,} records of step {step:,} are sound")
+    """Read every record that a checkpoint refers to and check it; names each expert that is damaged, and
+    fails if there is one."""
+    store, found = _opened(run)
+    passed: set[tuple[int, int]] = set()
+    damaged = 0
+    for path, index in found.items():
+        store.index = index
+        bad = store.damaged(passed)
+        damaged += len(bad)
+        for _, _, reason in bad:
+            say(f"{path.name}: {reason}")
+    if damaged:
+        raise CheckpointError(f"{run}: {damaged} records of experts are damaged")
+    say(f"{len(passed):,} records are sound, all that {', '.join(path.name for path in found)} refer to")
 
 
 def compact(run: RunDir) -> None:

@@ -23,7 +23,8 @@ from moesaic.model.transformer import LanguageModel
 from moesaic.weights.config_json import obstacles
 from moesaic.weights.contents import Later
 from moesaic.weights.families import FAMILIES, Family
-from moesaic.weights.hf import Place, parts_on_disk
+from moesaic.weights.hf import parts_on_disk
+from moesaic.weights.streamed import Place
 
 TARGETS = {
     "llama": "mixtral",

@@ -327,9 +327,7 @@ class Smart(Router):
     """A dynamic number of experts by probability mass (as in Huang et al. 2024, arXiv 2403.07652),
     with multiplicative input jitter while training (Switch, arXiv 2101.03961) and a learned
     temperature exp(``log_temperature``). Product keys are those of He 2024 (PEER, arXiv 2407.04153) and
-    Lample et al. 2019, all sums of which are made here: they are few beside the experts' work, and the
-    balance loss reads them.
-    """
+    Lample et al. 2019, all sums of which are made here: the balance loss reads them."""
 
     options: SmartOptions
 
@@ -348,8 +346,11 @@ class Smart(Router):
         probs_TE = logits_TE.softmax(-1)
         if self.training and self.options.budget is not None and self.options.budget < self.num_experts:
             allowed_E = self._drawn(probs_TE.detach(), real_T)
-            shown_TE = logits_TE.masked_fill(~allowed_E, float("-inf")).softmax(-1)
-            prob_TK, expert_TK = shown_TE.topk(self.options.top_k, dim=-1)
+            shown_TE = logits_TE.masked_fill(~allowed_E, float("-inf"))
+            expert_TK = shown_TE.topk(
+                self.options.top_k, dim=-1
+            ).indices  # probabilities may all be 0 but one
+            prob_TK = shown_TE.softmax(-1).gather(1, expert_TK)
         else:
             prob_TK, expert_TK = probs_TE.topk(self.options.top_k, dim=-1)
         before_TK = prob_TK.detach().cumsum(-1) - prob_TK.detach()

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import RecipeError
-from moesaic.model.dispatch import Dispatch
+from moesaic.model.dispatch import Dispatch, rows_of
 from moesaic.model.experts import FFNKind, activate, activate_backward
 from moesaic.model.grouped import Group
+from moesaic.native.rows import Stack
+from moesaic.native.rows import experts as few_experts
 from moesaic.offload.factors import Factors
 from moesaic.offload.records import ExpertShape, Matrices
 
@@ -28,6 +30,7 @@ class Source(Protocol):
 
     shape: ExpertShape
     chunk: int  # experts to gather at once
+    experts: int  # of a layer
 
     def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
         """Matrices of ``chunk`` experts at most as they are now, float32 or bfloat16; good until the next
@@ -42,12 +45,12 @@ class Source(Protocol):
 class OffloadedExperts(nn.Module):
     """One layer's bank. ``factors`` are the gradients since ``take_factors`` was last called."""
 
-    def __init__(self, source: Source, layer: int) -> None:
+    def __init__(self, source: Source, layer: int, trains: bool = True) -> None:
         super().__init__()
         self.source, self.layer = source, layer
         self.kind: FFNKind = source.shape.kind
         self.factors: list[Factors] = []
-        self.trains = True
+        self.trains = trains
 
     def fill(self, counts_E: list[int], device: torch.device) -> list[int]:
         """How many rows the caller should lay out for each expert: in bfloat16 a multiple of 16, unless they
@@ -65,13 +68,27 @@ class OffloadedExperts(nn.Module):
         """As ``Experts.forward``. Raises RecipeError for dropout and off the CPU."""
         if dropout or x_TD.device.type != "cpu":
             raise RecipeError("experts on disk are computed on the CPU and without model.dropout")
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_TD.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            dtype = torch.float32
+        if not torch.is_grad_enabled() and dispatch.rows.few(torch.empty(0, dtype=dtype)):
+            return self._few(x_TD.to(dtype), weight_TK, dispatch).to(x_TD.dtype)
         learn = torch.is_grad_enabled() and self.training and self.trains
         # A gradient comes back here only if something that goes in asks for one; this does.
         anchor = torch.zeros((), requires_grad=learn)
         with torch.autocast("cpu", enabled=False):
             out: Tensor = _Offloaded.apply(x_TD.to(dtype), weight_TK, anchor, dispatch, self, learn)  # type: ignore[no-untyped-call]
-        return out
+        return out.to(x_TD.dtype)
+
+    def _few(self, x_TD: Tensor, weight_TK: Tensor, dispatch: Dispatch) -> Tensor:
+        """The same for few rows of each expert and without gradients, by the kernels that decode a bank in
+        memory; float32."""
+        y_TD = torch.zeros(x_TD.shape)
+        for experts, counts, rows in _chunks(dispatch, self.source.chunk):
+            first, down = self.source.gather(self.layer, experts, x_TD.dtype)
+            own, order_R = rows_of(counts), dispatch.order_R[rows]
+            y_TD += few_experts(x_TD, order_R, weight_TK, Stack(first), Stack(down), own, self.kind)
+        return y_TD
 
 
 def _chunks(dispatch: Dispatch, size: int) -> Iterator[tuple[list[int], list[int], slice]]:

@@ -18,6 +18,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 _NEGLIGIBLE = 1e-12  # what is left of a push that is not added any more
+_MOST_RATIO = 0.95  # of b1^2 to b2: pushes fade by its root from step to step, to 4e-12 in 1,023
+
+
+def check_betas(beta1: float, beta2: float) -> None:
+    """Raise ValueError for constants under which the push of an old gradient does not fade."""
+    if beta1**2 > _MOST_RATIO * beta2:
+        raise ValueError(
+            f"betas {beta1} and {beta2}: what an idle expert missed can only be made up for where the square "
+            f"of the first is at most {_MOST_RATIO} of the second, as in 0.9 and 0.95"
+        )
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class History:
     def __init__(self, constants: AdamW, rates: list[float] | None = None) -> None:
         self.constants = constants
         self.rates: list[float] = []
+        self._since: dict[int, CatchUp] = {}  # by stamp, until the next step
         self._log_keep = [0.0]  # sums of log(1 - rate · weight decay)
         for rate in rates or []:
             self.add(rate)
@@ -59,11 +70,17 @@ class History:
         around."""
         if not 0 <= rate * self.constants.weight_decay < 1:
             raise ValueError(f"a learning rate of {rate} with this weight decay keeps nothing of a weight")
+        self._since.clear()
         self.rates.append(rate)
         self._log_keep.append(self._log_keep[-1] + math.log1p(-rate * self.constants.weight_decay))
 
     def since(self, stamp: int) -> CatchUp:
         """What brings an expert that was last updated at step ``stamp`` (0: never) to the last step."""
+        if stamp not in self._since:
+            self._since[stamp] = self._made_up(stamp)
+        return self._since[stamp]
+
+    def _made_up(self, stamp: int) -> CatchUp:
         c, last = self.constants, self.step
         skipped = last - stamp
         keep = math.exp(self._log_keep[last] - self._log_keep[stamp])
@@ -77,7 +94,7 @@ class History:
             scale = math.sqrt(1 - c.beta2**j) / (1 - c.beta1**j)
             one = self.rates[j - 1] * scale * weight * math.exp(self._log_keep[last] - self._log_keep[j])
             push += one
-            moment += one * c.eps * math.sqrt((1 - c.beta2**j) / c.beta2 ** (j - stamp))
+            moment += one * c.eps * math.sqrt((1 - c.beta2**j) / max(c.beta2 ** (j - stamp), 1e-300))
             if j - stamp == end:
                 pushes.append((push, moment / push if push else c.eps))
                 push, moment, end = 0.0, 0.0, 2 * end + 1

@@ -11,11 +11,59 @@ from moesaic.offload import adamw
 from moesaic.offload.bank import OffloadedExperts
 from moesaic.offload.catch_up import AdamW, History
 from moesaic.offload.factors import Factors, merged
+from moesaic.offload.origins import Unchanging
 from moesaic.offload.pool import Pool
-from moesaic.offload.records import Matrices
+from moesaic.offload.records import ExpertShape, Matrices
+from moesaic.offload.store import Store
 
 Mode = Literal["exact", "lazy"]
-_CHUNK = 32  # experts at once: enough for a batched product, few for the memory
+# Experts at once, enough for a batched product, and bytes of their weights, for large ones.
+_CHUNK, _CHUNK_BYTES = 32, 2**27
+
+
+class Room:
+    """Memory for the matrices of a chunk, used again and again: to touch new pages for each takes as long as
+    to compute it."""
+
+    def __init__(self, shape: ExpertShape, chunk: int) -> None:
+        self.shape, self.chunk = shape, chunk
+        self._stacks: dict[torch.dtype, Matrices] = {}
+
+    def of(self, experts: int, dtype: torch.dtype) -> Matrices:
+        """Uninitialised matrices of so many experts, at most a chunk."""
+        if dtype not in self._stacks:
+            self._stacks[dtype] = self.shape.stacks(self.chunk, dtype)
+        first, down = self._stacks[dtype]
+        return first[:experts], down[:experts]
+
+
+class StreamedExperts:
+    """All banks of a model, read out of an origin through one pool and never changed."""
+
+    def __init__(self, records: Unchanging, memory: int, threads: int = 8) -> None:
+        """Raises as ``Pool``."""
+        self.pool, self.layout, self.shape = (
+            Pool(records, memory, threads),
+            records.layout,
+            records.layout.shape,
+        )
+        self.chunk, self.experts = _chunk(self.pool), records.experts
+        self.banks = [OffloadedExperts(self, layer, trains=False) for layer in range(records.layers)]
+        self._room = Room(self.shape, self.chunk)
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Begin to read experts that will be gathered next."""
+        self.pool.prefetch(layer, experts)
+
+    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
+        """Matrices as they are stored; good until the next call."""
+        room = self._room.of(len(experts), dtype)
+        slots = self.pool.acquire(layer, experts)
+        try:
+            adamw.gather(self.layout, self.pool.records, slots, [Scalars()] * len(slots), room)
+        finally:
+            self.pool.release(slots)
+        return room
 
 
 class DiskExperts:
@@ -26,14 +74,15 @@ class DiskExperts:
     read (catch_up.py), so that training equals dense AdamW. ``lazy``: its moments stand still meanwhile, and
     its own steps are counted. Reading changes no record: only a step does."""
 
-    def __init__(self, pool: Pool, constants: AdamW, mode: Mode = "exact") -> None:
-        self.pool, self.store, self.mode = pool, pool.store, mode
-        self.layout = pool.store.options.layout
+    def __init__(self, pool: Pool, store: Store, constants: AdamW, mode: Mode = "exact") -> None:
+        """``pool`` is one of ``store``."""
+        self.pool, self.store, self.mode = pool, store, mode
+        self.layout = store.options.layout
         self.shape = self.layout.shape
-        self.chunk = max(1, min(_CHUNK, pool.slots // 2))  # so that the next can be read beside it
+        self.chunk, self.experts = _chunk(pool), store.experts
         self.history = History(constants)
-        self._room: dict[torch.dtype, Matrices] = {}
-        self.banks = [OffloadedExperts(self, layer) for layer in range(pool.store.options.layers)]
+        self._room = Room(self.shape, self.chunk)
+        self.banks = [OffloadedExperts(self, layer) for layer in range(store.layers)]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read experts that will be gathered next."""
@@ -41,7 +90,7 @@ class DiskExperts:
 
     def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
         """Matrices as of the last step; good until the next call or update."""
-        room = self._room_for(len(experts), dtype)
+        room = self._room.of(len(experts), dtype)
         slots = self.pool.acquire(layer, experts)
         try:
             scalars = [self._missed(layer, expert) for expert in experts]
@@ -49,6 +98,10 @@ class DiskExperts:
         finally:
             self.pool.release(slots)
         return room
+
+    def close(self) -> None:
+        """Give files, threads and the lock back; nothing is written."""
+        self.pool.close()
 
     def take_factors(self) -> list[tuple[int, Factors]]:
         """The gradients of every layer that has any, the last layer first."""
@@ -70,7 +123,7 @@ class DiskExperts:
 
     def _update(self, layer: int, part: Factors, rate: float, scale: float) -> None:
         index, step = self.store.index, self.history.step + 1
-        gradients = self._room_for(len(part.experts), part.x_RD.dtype)
+        gradients = self._room.of(len(part.experts), part.x_RD.dtype)
         part.write_gradients(gradients)
         slots = self.pool.acquire(layer, part.experts)
         try:
@@ -82,16 +135,10 @@ class DiskExperts:
         finally:
             self.pool.release(slots)
 
-    def _room_for(self, experts: int, dtype: torch.dtype) -> Matrices:
-        """Room that is used again and again: to touch new pages for each chunk takes as long as to compute
-        it."""
-        if dtype not in self._room:
-            self._room[dtype] = self.shape.stacks(self.chunk, dtype)
-        first, down = self._room[dtype]
-        return first[:experts], down[:experts]
-
     def _missed(self, layer: int, expert: int, now: tuple[float, float, int] | None = None) -> Scalars:
         """What an expert missed since its stamp, and the step (rate, scale, number) that it makes ``now``."""
+        if not self.banks[layer].trains:  # not even its weights decay
+            return Scalars()
         stamp, c = int(self.store.index.stamp[layer, expert]), self.history.constants
         exact = self.mode == "exact" and stamp > 0  # one that was never trained has no momentum, only decay
         by = self.history.since(stamp) if exact else self.history.decay_since(stamp)
@@ -111,3 +158,8 @@ class DiskExperts:
             scale=scale,
             seed=(step * 1_000_003 + layer) * self.store.options.experts + expert,
         )
+
+
+def _chunk(pool: Pool) -> int:
+    """How many experts to gather at once: so that the next can be read beside them."""
+    return max(1, min(_CHUNK, pool.slots // 2, _CHUNK_BYTES // pool.store.record))

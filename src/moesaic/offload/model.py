@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ from moesaic.model.transformer import LanguageModel
 from moesaic.offload.bank import OffloadedExperts
 from moesaic.offload.catch_up import AdamW
 from moesaic.offload.experts import DiskExperts
-from moesaic.offload.pool import Pool
+from moesaic.offload.origins import Generated, Origin
+from moesaic.offload.pool import Pool, check_memory
 from moesaic.offload.records import ExpertShape, Layout
 from moesaic.offload.store import Index, Store, StoreOptions
 
@@ -43,12 +45,13 @@ class OffloadOptions(Options):
     mode: Literal["exact", "lazy"] = "exact"
     threads: int = Field(8, ge=1, le=64)
 
-    @field_validator("memory")
+    @field_validator("memory", mode="before")
     @classmethod
-    def _is_a_size(cls, value: str | None) -> str | None:
-        if value is not None:
-            bytes_of(value)
-        return value
+    def _is_a_size(cls, value: Any) -> Any:
+        if value is None or isinstance(value, bool):
+            return value
+        bytes_of(str(value))
+        return str(value)
 
 
 def bytes_of(size: str) -> int:
@@ -60,31 +63,50 @@ def bytes_of(size: str) -> int:
 
 
 def build_on_disk(
-    config: ModelConfig, options: OffloadOptions, constants: AdamW, seed: int, folder: Path
+    config: ModelConfig,
+    options: OffloadOptions,
+    constants: AdamW,
+    seed: int,
+    folder: Path,
+    origin: Origin | None = None,
 ) -> tuple[LanguageModel, DiskExperts]:
     """A new model, initialised from torch's global generator but for its experts, whose store is made or
-    opened in ``folder``. Raises RecipeError for what cannot be on disk, and as ``Store.open``."""
-    _check(config)
+    opened in ``folder``; they begin as those of ``origin``, whose model then has the other weights too, and
+    the new one has no storage yet. Raises RecipeError for what cannot be on disk, and as ``Store.open``."""
+    check_config(config)
     with torch.device("meta"):
         model = LanguageModel(config)
-    layout = Layout(_shape(config), options.weights, options.moments)
-    layers = len(config.moe_layers)
-    wanted = StoreOptions(layout, layers, config.experts.count, seed, _stds(config.init, layout.shape))
+    layout = Layout(shape_of(config), options.weights, options.moments)
+    memory = bytes_of(str(options.memory))
+    check_memory(memory, layout.bytes)
+    begin = origin or Generated(seed, _stds(config.init, layout.shape))
+    wanted = StoreOptions(layout, len(config.moe_layers), config.experts.count, begin)
+    if not (folder.parent / "recipe.toml").exists():
+        _remove_half_made(folder)
     store = Store.open(folder, wanted, write=True)
-    experts = DiskExperts(
-        Pool(store, bytes_of(str(options.memory)), options.threads), constants, options.mode
-    )
-    replace_banks(model, experts)
-    model.to_empty(device="cpu")
-    if config.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    initialise(model, config.init)
+    try:
+        experts = DiskExperts(Pool(store, memory, options.threads), store, constants, options.mode)
+    except BaseException:
+        store.close()
+        raise
+    replace_banks(model, experts.banks)
+    if origin is None:
+        model.to_empty(device="cpu")
+        if config.tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        initialise(model, config.init)
     return model, experts
 
 
-def replace_banks(model: LanguageModel, experts: DiskExperts) -> None:
-    """Put the banks of a store in the place of a model's own."""
-    for module, bank in zip(model.moe_modules(), experts.banks, strict=True):
+def _remove_half_made(folder: Path) -> None:
+    """What a start that failed or was killed left: nothing refers to it, and it may be another model's."""
+    for name in ("records.bin", "store.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def replace_banks(model: LanguageModel, banks: Sequence[OffloadedExperts]) -> None:
+    """Put these banks in the place of a model's own."""
+    for module, bank in zip(model.moe_modules(), banks, strict=True):
         module.experts = bank
 
 
@@ -113,7 +135,8 @@ def into_memory(model: LanguageModel) -> LanguageModel:
 
 def about(experts: DiskExperts) -> dict[str, Any]:
     """What a checkpoint says of its experts besides the index: what catching up needs."""
-    return {**vars(experts.history.constants), "mode": experts.mode}
+    frozen = [bank.layer for bank in experts.banks if not bank.trains]
+    return {**vars(experts.history.constants), "mode": experts.mode, "frozen": frozen}
 
 
 def index_tensors(experts: DiskExperts) -> dict[str, Tensor]:
@@ -131,14 +154,17 @@ def read_on_disk(folder: Path, said: dict[str, Any], tensors: dict[str, Tensor],
         raise CheckpointError(f"{folder}: holds the experts of another model")
     store.go_back(index, [])
     said = dict(said)
-    mode = said.pop("mode")
-    experts = DiskExperts(Pool(store, max(memory, 4 * store.record)), AdamW(**said), mode)
+    mode, frozen = said.pop("mode"), said.pop("frozen")
+    experts = DiskExperts(Pool(store, max(memory, 4 * store.record)), store, AdamW(**said), mode)
+    for bank in experts.banks:
+        bank.trains = bank.layer not in frozen
     for rate in tensors["rates"].tolist():
         experts.history.add(rate)
     return experts
 
 
-def _check(config: ModelConfig) -> None:
+def check_config(config: ModelConfig) -> None:
+    """Raise RecipeError for a model whose experts cannot be on disk."""
     if not config.moe_layers:
         raise RecipeError("offload.memory: this model has no experts to put on disk")
     if config.experts.bias:
@@ -147,7 +173,8 @@ def _check(config: ModelConfig) -> None:
         raise RecipeError("offload.memory: experts on disk know no dropout; set model.dropout to 0")
 
 
-def _shape(config: ModelConfig) -> ExpertShape:
+def shape_of(config: ModelConfig) -> ExpertShape:
+    """That of one expert."""
     return ExpertShape(config.experts.kind, config.width, config.experts.hidden)
 
 

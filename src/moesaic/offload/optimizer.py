@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moesaic.model.experts import Experts
-from moesaic.offload.catch_up import AdamW, History, catch_up, update
+from moesaic.offload.catch_up import AdamW, History, catch_up, check_betas, update
 
 Mode = Literal["exact", "lazy"]
 
@@ -39,6 +39,7 @@ class SparseExpertAdamW(torch.optim.Optimizer):
     ) -> None:
         if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"AdamW with lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}")
+        check_betas(*betas)
         if mode not in ("exact", "lazy"):
             raise ValueError(f"mode={mode!r}: exact and lazy are the modes")
         super().__init__(
@@ -76,7 +77,9 @@ class SparseExpertAdamW(torch.optim.Optimizer):
                 continue
             by = history.decay_since(stamp) if lazy else history.since(stamp)
             m, v = (None, None) if row < 0 else (state["exp_avg"][row], state["exp_avg_sq"][row])
-            catch_up(parameter[expert], m, v, by)
+            # Past autograd's count of changes: a graph that was made before holds other experts of the stack,
+            # or this one as it is, for nobody is brought forward twice in a step.
+            catch_up(parameter.data[expert], m, v, by)
             stamp_E[expert] = history.step
 
     def catch_up_all(self) -> None:

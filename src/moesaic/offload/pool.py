@@ -9,33 +9,59 @@ Shape legend: S slots.
 import mmap
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from moesaic.errors import RecipeError
+from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import human_size
-from moesaic.offload.store import Store
 
 Key = tuple[int, int]  # layer, expert
 _FADE = 0.5  # a count is halved after every step of as many uses as there are slots
 FREE: Key = (-1, -1)
 
 
+class Records(Protocol):
+    """What a pool holds some of: records of ``record`` bytes of ``experts`` in each of ``layers``."""
+
+    @property
+    def record(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def experts(self) -> int: ...
+    def read(self, layer: int, expert: int, into: memoryview) -> None: ...
+    def place_for(self, layer: int, expert: int) -> int: ...
+    def write(self, layer: int, expert: int, place: int, data: memoryview) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def check_memory(memory: int, record: int) -> None:
+    """Raise RecipeError for less memory than two records of so many bytes take."""
+    if memory // record < 2:
+        raise RecipeError(
+            f"offload.memory: {human_size(memory)} hold {memory // record} experts of {human_size(record)}; "
+            f"give {2 * record:,} bytes or more"
+        )
+
+
 class Pool:
     """As many records of ``store`` as ``memory`` bytes hold."""
 
-    def __init__(self, store: Store, memory: int, threads: int = 8) -> None:
-        """Raises RecipeError for less memory than two records take."""
-        slots = min(memory // store.record, store.options.layers * store.options.experts)
-        if slots < 2:
-            raise RecipeError(
-                f"offload.memory: {human_size(memory)} hold {memory // store.record} experts of "
-                f"{human_size(store.record)}; give {human_size(2 * store.record)} or more"
-            )
-        self.store, self.slots = store, int(slots)
-        self._memory = mmap.mmap(-1, self.slots * store.record)  # aligned to pages, as direct I/O asks for
+    def __init__(self, store: Records, memory: int, threads: int = 8) -> None:
+        """Raises as ``check_memory``, and ResourceError where the system has not so much."""
+        check_memory(memory, store.record)
+        self.store, self.slots = store, min(memory // store.record, store.layers * store.experts)
+        try:  # aligned to pages, as direct I/O asks for
+            self._memory = mmap.mmap(-1, self.slots * store.record)
+        except OSError as error:
+            raise ResourceError(
+                f"offload.memory: the system gives no {human_size(self.slots * store.record)} "
+                f"({error.strerror}); give less"
+            ) from None
         self.records = torch.frombuffer(self._memory, dtype=torch.uint8).view(self.slots, store.record)
         self._view = memoryview(self._memory)
         self._slot: dict[Key, int] = {}
@@ -53,9 +79,13 @@ class Pool:
     def acquire(self, layer: int, experts: Sequence[int]) -> list[int]:
         """The slots of these experts, filled; they stay until ``release``. Raises as Store.read and write,
         and RecipeError where there are more than slots."""
-        slots = self._reserve(layer, experts, wait=True)
-        for slot in slots:
-            self._finish(slot)
+        slots = self._reserve(layer, experts)
+        try:
+            for slot in slots:
+                self._finish(slot)
+        except BaseException:
+            self.release(slots)
+            raise
         return slots
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -63,7 +93,7 @@ class Pool:
         room = self.slots - int(self._busy_S.sum())
         missing = [e for e in experts if (layer, e) not in self._slot][: max(0, room)]
         if missing:
-            self.release(self._reserve(layer, missing, wait=False))
+            self.release(self._reserve(layer, missing))
 
     def release(self, slots: Sequence[int]) -> None:
         """Let these slots be taken by others again."""
@@ -73,18 +103,31 @@ class Pool:
         """Say that what these slots hold was changed: it is written before they are taken."""
         self._dirty_S[list(slots)] = True
 
-    def _reserve(self, layer: int, experts: Sequence[int], wait: bool) -> list[int]:
+    @property
+    def memory(self) -> int:
+        """Bytes of all slots."""
+        return self.slots * self.store.record
+
+    def close(self) -> None:
+        """End the threads, and close the records; nothing is written back."""
+        self._threads.shutdown()
+        self.store.close()
+
+    def _reserve(self, layer: int, experts: Sequence[int]) -> list[int]:
         known = [self._slot.get((layer, expert)) for expert in experts]
-        for slot in known:
-            if slot is not None:
-                self._busy_S[slot] = True
+        here = [slot for slot in known if slot is not None]
         missing = [n for n, slot in enumerate(known) if slot is None]
-        self.hits += len(known) - len(missing)
-        victims = self._victims(len(missing))
+        victims = self._victims(len(missing), here)
+        self.hits += len(here)
+        self._busy_S[here] = True
         slots = [-1 if slot is None else slot for slot in known]
-        for n, slot in zip(missing, victims, strict=True):
-            slots[n] = slot
-            self._replace(slot, (layer, experts[n]))
+        try:
+            for n, slot in zip(missing, victims, strict=True):
+                slots[n] = slot
+                self._replace(slot, (layer, experts[n]))
+        except BaseException:
+            self.release([slot for slot in slots if slot >= 0])
+            raise
         self._clock += 1
         self._uses_S[slots] += 1
         self._last_S[slots] = self._clock
@@ -94,11 +137,13 @@ class Pool:
             self._since_fade = 0
         return slots
 
-    def _victims(self, count: int) -> list[int]:
+    def _victims(self, count: int, spared: list[int]) -> list[int]:
         """The slots to give up: those used least, and of these the longest ago."""
         if not count:
             return []
-        free = np.flatnonzero(~self._busy_S)
+        busy_S = self._busy_S.copy()
+        busy_S[spared] = True
+        free = np.flatnonzero(~busy_S)
         if len(free) < count:
             raise RecipeError(
                 f"offload.memory: {self.slots} experts of {human_size(self.store.record)} fit, but one step "
@@ -110,7 +155,8 @@ class Pool:
 
     def _replace(self, slot: int, key: Key) -> None:
         """Begin to write what a slot holds, if that was changed, and then to read another expert into it."""
-        self._finish(slot)
+        with suppress(CheckpointError):  # that of an expert which nobody wants any more
+            self._finish(slot)
         old, dirty = self._key[slot], bool(self._dirty_S[slot])
         if old != FREE:
             del self._slot[old]
@@ -119,26 +165,32 @@ class Pool:
         self._busy_S[slot], self._dirty_S[slot], self._uses_S[slot] = True, False, 0.0
         self.reads += 1
         self.writes += dirty
-        # An expert may be read back before it has been written: the read waits for that.
-        self._filling[slot] = self._threads.submit(self._fill, slot, old, place, key, self._writing.get(key))
+        # What is in the slot is written first, and so is the expert, if it is on its way out of another.
+        # Whoever is waited for was handed to the threads before, so that this ends with a single one too.
+        before = [self._writing[key]] if key in self._writing else []
         if dirty:
-            self._writing[old] = self._filling[slot]
+            self._writing[old] = self._threads.submit(self.store.write, *old, place, self._bytes(slot))
+            before.append(self._writing[old])
+        self._filling[slot] = self._threads.submit(self._fill, slot, key, before)
 
-    def _fill(self, slot: int, old: Key, place: int, key: Key, before: "Future[None] | None") -> None:
-        view = self._bytes(slot)
-        if place >= 0:
-            self.store.write(*old, place, view)
-        if before is not None:
-            before.result()
-        self.store.read(*key, view)
+    def _fill(self, slot: int, key: Key, before: "list[Future[None]]") -> None:
+        for written in before:
+            written.result()
+        self.store.read(*key, self._bytes(slot))
 
     def _finish(self, slot: int) -> None:
-        """Wait until a slot has been filled."""
+        """Wait until a slot has been filled; one that could not be is free again."""
         future = self._filling.pop(slot, None)
-        if future is not None:
+        if future is None:
+            return
+        try:
             future.result()
-            for key in [key for key, writing in self._writing.items() if writing is future]:
-                del self._writing[key]
+        except BaseException:
+            del self._slot[self._key[slot]]
+            self._key[slot] = FREE
+            raise
+        finally:
+            self._writing = {key: write for key, write in self._writing.items() if not write.done()}
 
     def write_back(self) -> None:
         """Write everything that was changed, and have it be on the disk. Raises ResourceError."""
@@ -159,16 +211,13 @@ class Pool:
     def forget(self) -> None:
         """Give up everything that is held, changed or not."""
         for slot in list(self._filling):
-            self._finish(slot)
+            with suppress(CheckpointError):
+                self._finish(slot)
         self._slot.clear()
         self._key = [FREE] * self.slots
         self._dirty_S[:] = False
         self._busy_S[:] = False
         self._uses_S[:] = 0
-
-    def weights(self) -> Tensor:
-        """The weights in all slots, a view [S, P]."""
-        return self.store.options.layout.weights_of(self.records)
 
     def _bytes(self, slot: int) -> memoryview:
         return self._view[slot * self.store.record : (slot + 1) * self.store.record]

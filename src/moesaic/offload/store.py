@@ -16,6 +16,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moesaic.errors import CheckpointError, RecipeError, ResourceError
-from moesaic.files import explained, human_size, write_atomic
+from moesaic.errors import CheckpointError, MoesaicError, RecipeError
+from moesaic.files import explain, explained, human_size, sync_directory, write_atomic
 from moesaic.model.experts import FFNKind
-from moesaic.offload.records import ExpertShape, Layout, initial_weights
+from moesaic.offload.origins import Origin, origin_of
+from moesaic.offload.records import ExpertShape, Layout
 
 FORMAT = 2  # 1 began untouched experts of another generator
 INDEX = "experts.safetensors"  # in a checkpoint
@@ -73,8 +75,7 @@ class StoreOptions:
     layout: Layout
     layers: int
     experts: int
-    seed: int
-    std: tuple[float, float]  # of the first matrix of an expert, and of the last
+    origin: Origin
 
     def as_json(self) -> dict[str, Any]:
         shape = self.layout.shape
@@ -87,8 +88,7 @@ class StoreOptions:
             "hidden": shape.hidden,
             "weights": self.layout.weights,
             "moments": self.layout.moments,
-            "seed": self.seed,
-            "std": list(self.std),
+            "origin": self.origin.as_json(),
         }
 
     @classmethod
@@ -97,8 +97,7 @@ class StoreOptions:
         layout = Layout(
             ExpertShape(kind, value["width"], value["hidden"]), value["weights"], value["moments"]
         )
-        first, last = value["std"]
-        return cls(layout, value["layers"], value["experts"], value["seed"], (first, last))
+        return cls(layout, value["layers"], value["experts"], origin_of(value["origin"]))
 
 
 class Store:
@@ -120,6 +119,16 @@ class Store:
         """Bytes of one record."""
         return self.options.layout.bytes
 
+    @property
+    def layers(self) -> int:
+        """Sparse layers."""
+        return self.options.layers
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return self.options.experts
+
     @classmethod
     def open(cls, folder: Path, options: StoreOptions | None = None, *, write: bool = False) -> "Store":
         """Open a store, or make it where there is none and ``options`` say of what kind.
@@ -135,16 +144,22 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             write_atomic(about, json.dumps(options.as_json(), indent=1) + "\n")
         found = _read_about(about)
-        if options is not None and found != options:
-            mine, theirs = options.as_json(), found.as_json()
-            odd = next(key for key in mine if mine[key] != theirs[key])
-            raise RecipeError(
-                f"{folder}: holds experts of another model ({odd} is {theirs[odd]}, not {mine[odd]}); choose "
-                "another out=DIR"
-            )
-        with explained(folder, f"{folder} cannot be used"):
-            lock = _locked(folder) if write else None
-            file, direct = _opened(folder / "records.bin", write)
+        if options is not None and (odd := _difference(options.as_json(), found.as_json())):
+            raise RecipeError(f"{folder}: holds experts of another model ({odd}); choose another out=DIR")
+        lock = None
+        with explained(folder, f"{folder} cannot be used"), ExitStack() as undo:
+            if write:
+                lock = _locked(folder)
+                undo.callback(os.close, lock)
+            try:
+                file, direct = _opened(folder / "records.bin", write, make=options is not None)
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{folder / 'records.bin'}: is missing; restore it from a copy"
+                ) from None
+            if write:
+                sync_directory(folder)
+            undo.pop_all()
         return cls(folder, found, file, lock, direct)
 
     def close(self) -> None:
@@ -171,17 +186,18 @@ class Store:
             ) from None
         if read != self.record or zlib.crc32(into) != self.index.checksum[layer, expert]:
             what = "is cut off" if read != self.record else "is damaged: its checksum differs"
+            mend = "go back to an older checkpoint, or restore the file from a copy"
+            if self._lock is None:
+                mend = f"open the run anew if it goes on meanwhile, else {mend}"
             raise CheckpointError(
-                f"{self.folder / 'records.bin'}: expert {expert} of layer {layer} {what}; go back to an "
-                "older checkpoint, or restore the file from a copy"
+                f"{self.folder / 'records.bin'}: expert {expert} of layer {layer} {what}; {mend}"
             )
 
     def _begin(self, layer: int, expert: int, into: memoryview) -> None:
         options = self.options
-        weights = initial_weights(options.layout.shape, options.std, options.seed, layer, expert)
         record = torch.frombuffer(into, dtype=torch.uint8)[None]
         record[:, options.layout.sizes[0] :] = 0  # no moments yet
-        options.layout.weights_of(record).copy_(torch.from_numpy(weights)[None])
+        options.origin.fill(options.layout.shape, layer, expert, options.layout.weights_of(record)[0])
 
     # ---- writing ------------------------------------------------------------------------------------
 
@@ -203,9 +219,9 @@ class Store:
         try:
             written = os.pwritev(self._file, [data], place * self.record)
         except OSError as error:
-            raise self._full(error) from None
+            raise self._failed(error) from None
         if written != self.record:
-            raise self._full(OSError(errno.ENOSPC, "no space"))
+            raise self._failed(OSError(errno.ENOSPC, "no space"))
         self.index.checksum[layer, expert] = zlib.crc32(data)
 
     def _grow(self) -> None:
@@ -214,14 +230,16 @@ class Store:
         try:
             os.posix_fallocate(self._file, start, _GROW * self.record)
         except OSError as error:
-            raise self._full(error) from None
+            raise self._failed(error) from None
         self._free.extend(range(self._room + _GROW - 1, self._room - 1, -1))
         self._room += _GROW
 
-    def _full(self, error: OSError) -> ResourceError:
-        return ResourceError(
-            f"{self.folder}: no room for another {human_size(_GROW * self.record)} of experts "
-            f"({error.strerror}); the last checkpoint is whole: make room and go on with --resume"
+    def _failed(self, error: OSError) -> MoesaicError:
+        return explain(
+            error,
+            self.folder,
+            f"another {human_size(_GROW * self.record)} of experts cannot be written",
+            "the last checkpoint is whole, go on from it with --resume",
         )
 
     def flush(self) -> None:
@@ -229,7 +247,7 @@ class Store:
         try:
             os.fsync(self._file)
         except OSError as error:
-            raise self._full(error) from None
+            raise self._failed(error) from None
 
     # ---- checkpoints --------------------------------------------------------------------------------
 
@@ -252,13 +270,19 @@ class Store:
         free = np.setdiff1d(np.arange(self._room), used, assume_unique=True)
         self._free = free[::-1].tolist()  # the lowest first
 
-    def damaged(self) -> list[tuple[int, int, str]]:
-        """Every expert of the index whose record is not sound: layer, expert and why."""
+    def damaged(self, passed: set[tuple[int, int]] | None = None) -> list[tuple[int, int, str]]:
+        """Every expert of the index whose record is not sound: layer, expert and why. Places and checksums
+        that ``passed`` holds are not read again; what is read joins them."""
+        passed = set() if passed is None else passed
         buffer = np.empty(self.record + 4096, np.uint8)
         start = -buffer.ctypes.data % 4096
         view = memoryview(buffer)[start : start + self.record]  # type: ignore[arg-type]
         bad = []
         for layer, expert in zip(*np.nonzero(self.index.place >= 0), strict=True):
+            what = int(self.index.place[layer, expert]), int(self.index.checksum[layer, expert])
+            if what in passed:
+                continue
+            passed.add(what)
             try:
                 self.read(int(layer), int(expert), view)
             except CheckpointError as error:
@@ -304,10 +328,24 @@ def _locked(folder: Path) -> int:
     return lock
 
 
-def _opened(path: Path, write: bool) -> tuple[int, bool]:
+def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What of a store's options differs, in words; nothing if they are the same."""
+    odd = next((key for key in mine if mine[key] != theirs[key]), None)
+    if odd is None:
+        return ""
+    if odd == "origin":
+        return (
+            _difference(mine[odd], theirs[odd])
+            if mine[odd].keys() == theirs[odd].keys()
+            else "begun otherwise"
+        )
+    return f"{odd} is {theirs[odd]}, not {mine[odd]}" if len(str(mine[odd])) < 100 else f"other {odd}"
+
+
+def _opened(path: Path, write: bool, make: bool) -> tuple[int, bool]:
     """The file, and whether it is read and written past the page cache, which would hold once more what the
     slots hold; some file systems refuse that."""
-    flags = (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY) | os.O_CLOEXEC
+    flags = (os.O_RDWR if write else os.O_RDONLY) | (os.O_CREAT if make else 0) | os.O_CLOEXEC
     direct = getattr(os, "O_DIRECT", 0)
     if direct and not os.environ.get("MOESAIC_BUFFERED"):
         try:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         log, finished = Logger(run, recipe, console), False
         try:
             session = build_session(recipe, log.say, lambda: interrupt.requested, run)
-            recipe = log.recipe = session.recipe  # whose epochs have become steps
-            create(run, recipe)  # only now: bad data leaves no half-made run behind
-            progress = _start(session, run, log)
-            log.start_tracker(progress.step)
-            _loop(session, progress, run, log, interrupt)
-            _finish(session, progress, run, log)
+            with closing(session):
+                recipe = log.recipe = session.recipe  # whose epochs have become steps
+                create(run, recipe)  # only now: bad data leaves no half-made run behind
+                progress = _start(session, run, log)
+                log.start_tracker(progress.step)
+                _loop(session, progress, run, log, interrupt)
+                _finish(session, progress, run, log)
             finished = True
         finally:
             log.close(finished)
@@ -314,8 +316,8 @@ def _start(session: Session, run: Path, log: Logger) -> Progress:
 
 def _save(session: Session, progress: Progress, run: Path, log: Logger) -> None:
     try:
-        saved = save(run, progress.step, session.contents(progress), session.recipe.checkpoint.keep)
-        session.saved(saved)
+        save(run, progress.step, session.contents(progress), session.recipe.checkpoint.keep)
+        session.saved()
     except ResourceError as error:
         raise ResourceError(f"step {progress.step} could not be saved: {error}") from None
 
@@ -323,7 +325,7 @@ def _save(session: Session, progress: Progress, run: Path, log: Logger) -> None:
 def _finish(session: Session, progress: Progress, run: Path, log: Logger) -> None:
     """The exportable model and the pictures."""
     write_checkpoint(run / "model", session.exported(progress.step))
-    session.saved(run / "model")
+    session.saved()
     with explained(run, f"the pictures of {run} cannot be written", "its model is whole"):
         _draw(run, run / "plots")
 

@@ -4,7 +4,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from moesaic.errors import DivergedError, RecipeError
 from moesaic.files import human_size
 from moesaic.generate import SampleOptions, stream
 from moesaic.machine import matmul_rate, peak_memory, read_bandwidth, total_memory
+from moesaic.offload.experts import DiskExperts
 from moesaic.train.loop import train_step
 from moesaic.train.optim import optimizer_tensors, schedule_factor, set_learning_rate
 from moesaic.train.recipe import Recipe
@@ -62,7 +63,9 @@ def measure(session: Session, repeats: int = 5) -> Cost:
     state = sum(
         t.numel() * t.element_size() for t in optimizer_tensors(session.model, session.optimizers).values()
     )
-    checkpoint = weights + state
+    checkpoint, on_disk, slots = weights + state, 0, 0
+    if session.experts is not None:
+        slots, on_disk = session.experts.pool.memory, _experts_on_disk(session.experts, recipe, repeats + 2)
     counts = session.model.config.parameters()
     tokens = options.batch_size * options.seq_len
     evaluations = -(-options.steps // recipe.eval.every)
@@ -74,12 +77,21 @@ def measure(session: Session, repeats: int = 5) -> Cost:
         flops_per_step=3 * tokens * session.model.config.flops_per_token(options.seq_len),
         eval_seconds=eval_seconds,
         total_seconds=options.steps * step_seconds + evaluations * eval_seconds,
-        state_bytes=weights + gradients + state,
+        state_bytes=weights + gradients + state + slots,
         checkpoint_bytes=checkpoint,
         peak_bytes=torch.cuda.max_memory_allocated() if session.device == "cuda" else peak_memory(),
         # While a checkpoint is written the ``keep`` before it still stand.
-        disk_bytes=(recipe.checkpoint.keep + 1) * checkpoint + weights,
+        disk_bytes=(recipe.checkpoint.keep + 1) * checkpoint + weights + on_disk,
     )
+
+
+def _experts_on_disk(experts: DiskExperts, recipe: Recipe, steps: int) -> int:
+    """Bytes that experts may come to take: every one once, and what each checkpoint and the finished model
+    hold of others than the present, by how many experts a step has changed so far."""
+    store = experts.store
+    total = store.layers * store.experts
+    changed = int(store.index.steps.sum()) / steps * min(recipe.checkpoint.every, recipe.train.steps)
+    return int(store.record * (total + (recipe.checkpoint.keep + 1) * min(total, changed)))
 
 
 @dataclass(frozen=True)
@@ -106,8 +118,11 @@ def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False)
 @contextmanager
 def _built(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Session]:
     """A session to measure; experts on disk are in a folder that is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="moesaic-") as folder:
-        yield build_session(recipe, say, run=Path(folder))
+    with (
+        tempfile.TemporaryDirectory(prefix="moesaic-") as folder,
+        closing(build_session(recipe, say, run=Path(folder))) as session,
+    ):
+        yield session
 
 
 def _measured(session: Session, where: Path) -> Report:

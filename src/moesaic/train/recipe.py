@@ -14,6 +14,7 @@ from moesaic.lm import described
 from moesaic.model.config import ModelConfig
 from moesaic.model.lora import LoRAOptions
 from moesaic.model.routers import ROUTERS
+from moesaic.offload.catch_up import check_betas
 from moesaic.offload.model import OffloadOptions
 from moesaic.train.curriculum import CurriculumOptions
 from moesaic.train.objectives import LossOptions
@@ -148,6 +149,10 @@ class Recipe(Options):
             )
         if self.offload.memory is not None and self.optim.kind != "adamw":
             raise ValueError("offload.memory: experts on disk are AdamW's; set optim.kind to adamw")
+        if self.offload.memory is not None:
+            check_betas(*self.optim.betas)
+            if self.optim.lr * self.optim.weight_decay >= 1:
+                raise ValueError("optim.lr times optim.weight_decay keeps nothing of a weight; lower one")
         if self.offload.memory is not None and self.train.lora is not None:
             raise ValueError("offload.memory and train.lora do not go together: experts on disk train whole")
         if self.start_optimizer and self.train.lora is not None:

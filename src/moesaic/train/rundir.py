@@ -32,7 +32,7 @@ _MAY_CHANGE = [
 ]
 
 # What a process that is killed before recipe.toml is in place leaves behind.
-_BEFORE_A_RUN = re.compile(r"\.lock|env\.json|\.(env\.json|recipe\.toml)\.tmp-\d+")
+_BEFORE_A_RUN = re.compile(r"\.lock|experts|env\.json|\.(env\.json|recipe\.toml)\.tmp-\d+")
 
 
 def choose_directory(recipe: Recipe, resume: bool) -> Path:
@@ -107,6 +107,8 @@ def check_same_run(stored: Recipe, given: Recipe, path: Path) -> None:
             part, _, key = name.rpartition(".")
             (table[part] if part else table).pop(key)
     changed = sorted(_differences(before, after))
+    if (stored.offload.memory is None) != (given.offload.memory is None):
+        changed.append("offload.memory (experts that are in memory stay there, and those on disk too)")
     if changed:
         raise RecipeError(
             f"{path}: --resume continues the same run, but these keys differ from its recipe.toml: "

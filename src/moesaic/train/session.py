@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ from moesaic.data.corpora import cache_folder
 from moesaic.data.preferences import PreferenceStore
 from moesaic.data.pretrain import prepare
 from moesaic.data.store import Store
-from moesaic.errors import CheckpointError, RecipeError, ResourceError
+from moesaic.errors import CheckpointError, DataError, RecipeError, ResourceError
 from moesaic.files import human_size
-from moesaic.lm import LM
+from moesaic.lm import LM, experts_of
 from moesaic.machine import keep_freed_memory, multiplies_bf16, total_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.lora import add_lora
@@ -28,13 +27,15 @@ from moesaic.offload.experts import DiskExperts
 from moesaic.offload.model import FOLDER, about, build_on_disk, index_tensors
 from moesaic.offload.store import INDEX, Index
 from moesaic.train.curriculum import Curriculum, CurriculumOptions
+from moesaic.train.freeze import freeze, what_trains
 from moesaic.train.objectives import Batch, Objective, objective_of
 from moesaic.train.optim import build_optimizers, half, load_optimizer_tensors, optimizer_tensors
 from moesaic.train.recipe import Recipe
 from moesaic.train.references import add_reference
 from moesaic.train.start import carried_along, take_optimizer, take_weights
-from moesaic.weights.checkpoint import read_checkpoint, read_tensors
+from moesaic.weights.checkpoint import read_checkpoint
 from moesaic.weights.contents import Contents
+from moesaic.weights.indexes import indexes
 
 
 @dataclass
@@ -62,9 +63,7 @@ class Session:
     stop_ids: frozenset[int] = frozenset()
     experts: DiskExperts | None = None
     curriculum: Curriculum = field(default_factory=lambda: Curriculum(CurriculumOptions(), [], 0))
-    kept: dict[Path, Index] = field(
-        default_factory=dict
-    )  # checkpoints, and where each has its experts on disk
+    run: Path | None = None
 
     @property
     def bf16(self) -> bool:
@@ -108,13 +107,16 @@ class Session:
         exported.json["data.json"] = {"tokens": self.store.fingerprint}
         return exported
 
-    def saved(self, directory: Path) -> None:
-        """Say that a checkpoint holds what the session is now; places on disk that none refers to are
+    def saved(self) -> None:
+        """Say that what the session is now has been saved; places on disk that no checkpoint refers to are
         free."""
+        if self.experts is not None and self.run is not None:
+            self.experts.store.committed(indexes(self.run).values())
+
+    def close(self) -> None:
+        """Give back what experts on disk hold: files, threads, the lock."""
         if self.experts is not None:
-            self.kept[directory] = Index.of(self.experts.store.index.tensors())
-            self.kept = {path: index for path, index in self.kept.items() if path.is_dir()}
-            self.experts.store.committed(self.kept.values())
+            self.experts.close()
 
     def exported(self, step: int) -> Contents:
         """What using the model needs."""
@@ -159,7 +161,7 @@ class Session:
             self.model.load_state_dict(tensors)
             load_optimizer_tensors(self.model, self.optimizers, contents.tensors["optimizer.safetensors"])
             if self.experts is not None:
-                self._restore_experts(directory, contents.tensors[INDEX])
+                self._restore_experts(contents.tensors[INDEX])
             if self.recipe.curriculum.order != "mixed":
                 self.curriculum.restore(contents.json["curriculum.json"])
             return Progress(**contents.json["state.json"])
@@ -167,15 +169,12 @@ class Session:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{directory}: is not a checkpoint of this recipe ({reason})") from None
 
-    def _restore_experts(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+    def _restore_experts(self, tensors: dict[str, Tensor]) -> None:
         """Have the store be as a checkpoint says, and no checkpoint's experts be written over."""
         assert self.experts is not None
-        self.kept = {}
-        for path in [*directory.parent.glob("step-*"), directory.parent.parent / "model"]:
-            with suppress(CheckpointError, OSError):  # a damaged one is nothing to go back to
-                self.kept[path] = Index.of(read_tensors(path, INDEX))
+        assert self.run is not None
         self.experts.pool.forget()
-        self.experts.store.go_back(Index.of(tensors), self.kept.values())
+        self.experts.store.go_back(Index.of(tensors), indexes(self.run).values())
         self.experts.history = History(self.experts.history.constants, tensors["rates"].tolist())
 
 
@@ -190,11 +189,15 @@ def build_session(
     keep_freed_memory()
     if recipe.start is None:
         _check_needs_no_model(recipe)
-    device = _device(recipe)
+    _device(recipe)  # refused before anything is prepared
     store = prepare(recipe.data, seq_len=recipe.train.seq_len, progress=say, stopped=stopped)
     recipe = _with_steps(recipe, store)
     # A corpus shorter than the window is refused here, not after the model has been built.
-    store.batch(recipe.seed, 1, 1, recipe.train.seq_len)
+    for domain in [None] if recipe.curriculum.order == "mixed" else store.domains:
+        try:
+            store.batch(recipe.seed, 1, 1, recipe.train.seq_len, domain)
+        except DataError as error:
+            raise DataError(f"domain {domain}: {error}" if domain else str(error)) from None
     next(store.validation(1, recipe.train.seq_len))
     for note in store.notes:
         say(note)
@@ -207,10 +210,34 @@ def build_session(
     if recipe.eval.prompt is not None:  # better refused here than at the first sample
         store.tokenizer.encode(recipe.eval.prompt)
     config = recipe.model.model_copy(update={"vocab_size": vocabulary})
+    with ExitStack() as undo:
+        session = _with_model(recipe, store, config, run, say, undo)
+        if recipe.eval.tasks or recipe.eval.local:
+            session.suite().check()
+        if isinstance(store, PreferenceStore):  # the reference is the model as it is now
+            add_reference(
+                store, session.model, cache_folder(recipe.data), session.precision, session.bf16, say
+            )
+        undo.pop_all()
+    return session
+
+
+def _with_model(
+    recipe: Recipe,
+    store: Store,
+    config: ModelConfig,
+    run: Path | None,
+    say: Callable[[str], None],
+    undo: ExitStack,
+) -> Session:
+    """The session of a new model, or of the one that the recipe starts from. ``undo`` closes experts on disk
+    where something after them cannot be built."""
+    device = _device(recipe)
     torch.manual_seed(recipe.seed)
     experts: DiskExperts | None = None
     if recipe.offload.memory is not None:
         model, experts = _on_disk(config, recipe, device, run)
+        undo.callback(experts.close)
     else:
         _check_memory(config, recipe, device)
         with torch.device("cpu" if recipe.start is None else "meta"):
@@ -222,12 +249,13 @@ def build_session(
     model.to(device)
     if recipe.train.weights == "bf16" and _in_bf16(recipe, device):
         half(model)
-    _say_what_trains(model, recipe, say)
+    for line in what_trains(model, recipe):
+        say(line)
     optimizers = build_optimizers(model, recipe.optim)
     resumes = run is not None and any((run / "checkpoints").glob("step-*"))
     if recipe.start_optimizer and not resumes:
         take_optimizer(model, optimizers, str(recipe.start))
-    session = Session(
+    return Session(
         recipe=recipe,
         store=store,
         model=model,
@@ -238,25 +266,22 @@ def build_session(
         carried=carried_along(recipe, begun),
         stop_ids=frozenset() if begun is None else begun.stop_ids,
         experts=experts,
+        run=run,
         curriculum=Curriculum(recipe.curriculum, store.domains, recipe.seed),
     )
-    if recipe.eval.tasks or recipe.eval.local:
-        session.suite().check()
-    if isinstance(store, PreferenceStore):  # the reference is the model as it is now
-        add_reference(store, model, cache_folder(recipe.data), session.precision, session.bf16, say)
-    return session
 
 
 def _on_disk(
     config: ModelConfig, recipe: Recipe, device: str, run: Path | None
 ) -> tuple[LanguageModel, DiskExperts]:
-    """A new model with its experts in the run's directory."""
-    if recipe.start is not None:
-        raise RecipeError("offload.memory: a run with experts on disk begins anew; leave start out")
+    """A model with its experts in the run's directory, new or begun from another."""
     if device != "cpu" or run is None:
         raise RecipeError("offload.memory: experts on disk are trained on the CPU; set train.device to cpu")
     constants = AdamW(*recipe.optim.betas, recipe.optim.eps, recipe.optim.weight_decay)
-    return build_on_disk(config, recipe.offload, constants, recipe.seed, run / FOLDER)
+    origin = None if recipe.start is None else experts_of(recipe.start, config)
+    model, experts = build_on_disk(config, recipe.offload, constants, recipe.seed, run / FOLDER, origin)
+    experts.store.committed(indexes(run).values())
+    return model, experts
 
 
 def _check_needs_no_model(recipe: Recipe) -> None:
@@ -298,49 +323,9 @@ def _check_memory(config: ModelConfig, recipe: Recipe, device: str) -> None:
         )
 
 
-def freeze(model: nn.Module, recipe: Recipe) -> None:
-    """Freeze parameters by name pattern; with LoRA all but those that ``train.only`` names.
-
-    Raises RecipeError for a pattern that matches nothing, or when nothing is left to train.
-    """
-    named = dict(model.named_parameters())
-    for key, patterns in (("train.freeze", recipe.train.freeze), ("train.only", recipe.train.only)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in named):
-                example = next(iter(named))
-                raise RecipeError(f"{key}: {pattern!r} matches no parameter; names look like {example}")
-    for name, parameter in named.items():
-        frozen = any(fnmatchcase(name, p) for p in recipe.train.freeze)
-        if recipe.train.only or recipe.train.lora:
-            frozen = frozen or not any(fnmatchcase(name, p) for p in recipe.train.only)
-        parameter.requires_grad_(not frozen)
-    if recipe.train.lora is None and not any(p.requires_grad for p in named.values()):
-        raise RecipeError("train.freeze and train.only leave nothing to train")
-
-
-def _say_what_trains(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> None:
-    named = dict(model.named_parameters())
-    if recipe.train.freeze or recipe.train.only or recipe.train.lora:
-        trained = sum(p.numel() for p in named.values() if p.requires_grad)
-        say(f"trains {trained:,} of {sum(p.numel() for p in named.values()):,} parameters:")
-        for row in _freeze_table(named):
-            say("  " + row)
-
-
 def step_seed(seed: int, step: int, part: int = 0) -> int:
     """The seed of dropout, router noise and jitter in one part of one step."""
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _freeze_table(named: dict[str, nn.Parameter]) -> list[str]:
-    """A line per kind of parameter, layer numbers folded into ``*``."""
-    kinds: dict[tuple[str, bool], int] = {}
-    for name, parameter in named.items():
-        folded = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        kinds[folded, parameter.requires_grad] = (
-            kinds.get((folded, parameter.requires_grad), 0) + parameter.numel()
-        )
-    return [f"{'trains' if on else 'frozen'}  {name}  {count:,}" for (name, on), count in kinds.items()]
 
 
 def _device(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ import torch
 from moesaic.errors import CheckpointError, RecipeError
 from moesaic.lm import load
 from moesaic.model.transformer import LanguageModel
-from moesaic.offload.model import into_memory
+from moesaic.offload.model import bytes_of, into_memory
 from moesaic.train.optim import load_optimizer_tensors, missing_state
 from moesaic.train.recipe import Recipe
 from moesaic.weights.carried import TEMPLATE, carried_files
@@ -32,8 +32,11 @@ def take_weights(model: LanguageModel, recipe: Recipe, in_bf16: bool) -> Begun:
     All become float32, but for frozen experts that lie in bfloat16 where products are made in it: they would
     be rounded back to what they were for every product, and eight experts of SmolLM2-135M are 2.5 GB in
     float32. Raises RecipeError where the recipe makes another model of it."""
-    begun = load(str(recipe.start), as_stored=True)
-    into_memory(begun.model)
+    if recipe.offload.memory is not None:  # experts of the store begin as those of its files (lm.experts_of)
+        begun = load(str(recipe.start), as_stored=True, memory=bytes_of(recipe.offload.memory))
+    else:
+        begun = load(str(recipe.start), as_stored=True)
+        into_memory(begun.model)
     if model.config.tied and not begun.config.tied:
         raise RecipeError(
             f"start = {recipe.start}: its embeddings and head are two matrices; leave model.tied out"

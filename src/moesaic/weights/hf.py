@@ -20,15 +20,17 @@ from moesaic.files import human_size
 from moesaic.machine import available_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel
+from moesaic.offload.model import check_config, replace_banks
+from moesaic.offload.origins import Files
 from moesaic.weights.checkpoint import write_checkpoint
 from moesaic.weights.config_json import read_config, write_config
 from moesaic.weights.contents import Contents, Later
 from moesaic.weights.families import Family
 from moesaic.weights.manifest import read_checked, recorded
 from moesaic.weights.shards import INDEX, SINGLE, Shards, Stored, read_json_file, real_file, shown
+from moesaic.weights.streamed import Place, banks_in_files, experts_in_files, is_expert
 
 Say = Callable[[str], None]
-Place = tuple[int | slice, ...]
 
 SHARD_BYTES = 5 * 10**9  # what transformers cuts at
 _MOST_PARAMETERS = 2**43
@@ -40,18 +42,28 @@ def is_hf(directory: Path) -> bool:
     return (directory / "config.json").exists() and not (directory / "moesaic.json").exists()
 
 
-def load_hf(directory: Path, device: str, say: Say) -> tuple[ModelConfig, LanguageModel]:
-    """Read a model, tensor by tensor, in the precision in which it is stored.
+def load_hf(
+    directory: Path, device: str, say: Say, memory: int | None = None
+) -> tuple[ModelConfig, LanguageModel]:
+    """Read a model, tensor by tensor, in the precision in which it is stored; with ``memory``, bytes, its
+    experts stay in their files and so much holds those in use.
 
     Names, shapes and memory are checked before anything is allocated. ``say`` gets a sentence on what the
-    reader should know. Raises CheckpointError naming the file, ResourceError where memory is too small.
+    reader should know. Raises CheckpointError naming the file, ResourceError where memory is too small, and
+    RecipeError for a model that has no experts to leave on disk.
     """
     found = open_hf(directory)
     for note in found.notes:
         say(note)
     config, model = found.config, found.model
-    _check_memory(directory, config.parameters().total * found.dtype.itemsize, found.dtype, device)
-    for name, parts in found.sources.items():
+    sources = found.sources
+    if memory is not None:
+        check_config(config)
+        replace_banks(model, banks_in_files(found.experts(), config, memory))
+        sources = {name: parts for name, parts in sources.items() if not is_expert(name)}
+    elements = sum(model.get_parameter(name).numel() for name in sources)
+    _check_memory(directory, elements * found.dtype.itemsize + (memory or 0), found.dtype, device)
+    for name, parts in sources.items():
         parameter = torch.empty(model.get_parameter(name).shape, dtype=found.dtype, device=device)
         for source, place in parts:
             parameter[place].copy_(found.read(source))
@@ -80,6 +92,10 @@ class Found:
     def dtype(self) -> torch.dtype:
         """The widest of its tensors."""
         return _widest([self.shards.tensors[s].dtype for parts in self.sources.values() for s, _ in parts])
+
+    def experts(self) -> Files:
+        """Where its experts are. Raises CheckpointError."""
+        return experts_in_files(self.config, self.sources, self.shards)
 
     def read(self, source: str) -> Tensor:
         """One tensor of the files. Raises CheckpointError, also for NaN and infinities."""
