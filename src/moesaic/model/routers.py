@@ -347,9 +347,8 @@ class Smart(Router):
         if self.training and self.options.budget is not None and self.options.budget < self.num_experts:
             allowed_E = self._drawn(probs_TE.detach(), real_T)
             shown_TE = logits_TE.masked_fill(~allowed_E, float("-inf"))
-            expert_TK = shown_TE.topk(
-                self.options.top_k, dim=-1
-            ).indices  # probabilities may all be 0 but one
+            # By logits: of many the probability is 0, allowed or not.
+            expert_TK = shown_TE.topk(self.options.top_k, dim=-1).indices
             prob_TK = shown_TE.softmax(-1).gather(1, expert_TK)
         else:
             prob_TK, expert_TK = probs_TE.topk(self.options.top_k, dim=-1)
