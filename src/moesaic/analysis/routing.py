@@ -53,6 +53,14 @@ def summarise_load(counts_LE: Tensor) -> LoadSummary:
     )
 
 
+def neighbours_summed(counts_LE: Tensor, most: int = 256) -> tuple[Tensor, int]:
+    """Counts of at most ``most`` groups of experts that stand beside each other, and how many experts are in
+    one (the last may have fewer): what is written of thousands does not grow with them."""
+    size = -(-counts_LE.shape[1] // most)
+    padded_LE = torch.nn.functional.pad(counts_LE, (0, -counts_LE.shape[1] % size))
+    return padded_LE.unflatten(1, (-1, size)).sum(2), size
+
+
 def dropped_share(routings: Sequence[Routing]) -> float:
     """Share of the wanted choices that capacity dropped, over all layers."""
     wanted = sum(int(r.wanted_TK.sum()) for r in routings)

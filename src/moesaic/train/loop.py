@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moesaic.analysis.evaluate import Evaluation, evaluate
 from moesaic.analysis.plots import load_heatmap, loss_curve, specialisation_heatmap
-from moesaic.analysis.routing import specialisation, summarise_load
+from moesaic.analysis.routing import neighbours_summed, specialisation, summarise_load
 from moesaic.data.preferences import PreferenceStore
 from moesaic.errors import DataError, DivergedError, RecipeError, ResourceError, Stopped
 from moesaic.files import RunLock, explained
@@ -227,8 +227,11 @@ def _evaluate(session: Session, progress: Progress, log: Logger) -> Evaluation:
     if session.model.config.moe_layers:
         load = summarise_load(result.counts_LE())
         row |= {"balance": load.balance, "dead": load.dead_share, "load_entropy": load.entropy}
-        counts = {d.domain: d.counts_LE.tolist() for d in result.domains}
-        log.load({"step": progress.step, "layers": session.model.config.moe_layers, "counts": counts})
+        summed = {d.domain: neighbours_summed(d.counts_LE) for d in result.domains}
+        counts = {domain: counts_LE.tolist() for domain, (counts_LE, _) in summed.items()}
+        size = next(iter(summed.values()))[1]
+        layers = session.model.config.moe_layers
+        log.load({"step": progress.step, "layers": layers, "experts_per_count": size, "counts": counts})
     if isinstance(session.store, PreferenceStore):
         pairs = evaluate_pairs(session, session.store)
         row |= {f"pairs_{name}": value for name, value in pairs.items()}
