@@ -179,7 +179,7 @@ folder = Path(sys.argv[1])
 run_tiny(folder, "run", *words, resume=(folder / "run" / "recipe.toml").exists())
 """
 WORDS = [
-    *("offload.memory=60kB", "train.steps=60", "checkpoint.every=3", "train.clip=1.0", "optim.lr=1e-2"),
+    *("offload.memory=24KiB", "train.steps=60", "checkpoint.every=3", "train.clip=1.0", "optim.lr=1e-2"),
     *("offload.weights=bf16", "offload.moments=int8", "eval.every=1000"),
 ]
 

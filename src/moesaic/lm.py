@@ -183,7 +183,7 @@ def load(
     try:
         about = contents.json["moesaic.json"]
         tensors = contents.tensors["model.safetensors"]
-        contents.files["tokenizer.json"]
+        tokenizer = contents.files["tokenizer.json"]
     except KeyError as missing:
         raise CheckpointError(f"{path}: is no moesaic model (no {missing.args[0]})") from None
     if about.get("format") != 1:
@@ -217,7 +217,7 @@ def load(
         raise CheckpointError(f"{path}: model.safetensors does not fit moesaic.json: {reason}") from None
     merge_lora(model)  # a run keeps matrices and changes apart; whoever opens it sees their sum
     stop = frozenset(about.get("stop_ids", []))
-    return LM(config, model.eval(), Tokenizer.load(path / "tokenizer.json"), path, stop)
+    return LM(config, model.eval(), Tokenizer.parse(tokenizer, f"{path}/tokenizer.json"), path, stop)
 
 
 def _files(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> Files:
@@ -284,7 +284,12 @@ def _find(path: Path) -> tuple[Path, Contents]:
             return finished, contents
     if newest is None:
         raise RecipeError(f"{path}: this run has saved no checkpoint yet")
-    return newest, read_checkpoint(newest)
+    try:
+        return newest, read_checkpoint(newest)
+    except (CheckpointError, OSError):
+        if newest.exists():
+            raise
+        return _find(path)  # the run goes on, and has replaced it meanwhile
 
 
 def _open_end(text: str, stop: Sequence[str]) -> int:

@@ -121,17 +121,23 @@ class Tokenizer:
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         try:
-            text = file.read_bytes().decode("utf-8")
+            data = file.read_bytes()
         except FileNotFoundError:
             raise DataError(f"{file}: no such tokenizer file") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not a tokenizer.json: not UTF-8 text (byte {error.start})") from None
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+        return cls.parse(data, str(file))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> "Tokenizer":
+        """The tokenizer that a ``tokenizer.json`` of this content is. Raises DataError, which names
+        ``where``."""
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            return cls(tokenizers.Tokenizer.from_str(data.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not a tokenizer.json: not UTF-8 text (byte {error.start})") from None
         except Exception as error:  # the library raises nothing more precise
-            raise DataError(f"{file}: not a tokenizer.json, or damaged: {error}") from None
+            raise DataError(f"{where}: not a tokenizer.json, or damaged: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write a standard ``tokenizer.json``; a reader sees the old file or the new one, never a part."""

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from moesaic.config import Options
 from moesaic.model.attention import AttentionOptions
 from moesaic.model.experts import ExpertOptions, FFNOptions
-from moesaic.model.routers import RouterOptions, TopKOptions
+from moesaic.model.routers import RouterOptions, SmartOptions, TopKOptions, product_keys
 
 
 class InitOptions(Options):
@@ -66,6 +66,13 @@ class ModelConfig(Options):
                 f"width = {self.width} does not divide into attention.heads = {attention.heads}; "
                 "change one of them or set attention.head_dim"
             )
+        if isinstance(self.router, SmartOptions) and self.router.keys == "product":
+            count = self.experts.count
+            if count > 3 and product_keys(count)[0] == 1 and self.moe_layers:
+                raise ValueError(
+                    f"experts.count = {count} is prime, so that product keys would be as many as the experts; "
+                    "choose a product of two numbers near each other (4096 is 64 · 64)"
+                )
         if attention.heads % attention.num_kv_heads:
             raise ValueError(
                 f"attention.heads = {attention.heads} is not a multiple of "
@@ -97,22 +104,31 @@ class ModelConfig(Options):
             raise ValueError("vocab_size is not set; it comes from the tokenizer")
         return self.vocab_size
 
+    def parts(self) -> dict[str, int]:
+        """Trainable parameters by what they are part of, without building anything."""
+        norm = self.width * (2 if self.norm == "layer" else 1)
+        embeddings = self.vocabulary * self.width * (1 if self.tied else 2)
+        embeddings += self.vocabulary if self.head_bias else 0
+        embeddings += self.context * self.width if self.position == "learned" else 0
+        sparse = len(self.moe_layers)
+        found = {
+            "embeddings": embeddings,
+            "attention": self.layers * self.attention.parameters(self.width),
+            "norms": norm + self.layers * 2 * norm,
+            "convolutions": self.layers * 2 * self.conv * self.width,
+            "dense networks": (self.layers - sparse) * self.ffn.parameters(self.width),
+            "experts": sparse * self.experts.count * self.experts.parameters(self.width),
+            "routers": sparse * self.router.parameters(self.width, self.experts.count),
+            "shared experts": sparse * self._shared_expert_parameters(),
+        }
+        return {name: count for name, count in found.items() if count}
+
     def parameters(self) -> "Parameters":
         """Trainable parameters, total and active per token, without building anything."""
-        norm = self.width * (2 if self.norm == "layer" else 1)
-        outer = self.vocabulary * self.width * (1 if self.tied else 2) + norm
-        outer += self.vocabulary if self.head_bias else 0
-        outer += self.context * self.width if self.position == "learned" else 0
-        block = self.attention.parameters(self.width) + 2 * norm + 2 * self.conv * self.width
-        total = active = outer + self.layers * block
-        dense = self.ffn.parameters(self.width) * (self.layers - len(self.moe_layers))
-        expert = self.experts.parameters(self.width)
-        router = self.router.parameters(self.width, self.experts.count)
-        shared = self._shared_expert_parameters()
-        sparse = len(self.moe_layers)
-        total += dense + sparse * (self.experts.count * expert + router + shared)
-        active += dense + sparse * (self.router.top_k * expert + router + shared)
-        return Parameters(total=total, active=active)
+        total = sum(self.parts().values())
+        idle = self.experts.count - self.router.top_k
+        unused = len(self.moe_layers) * idle * self.experts.parameters(self.width)
+        return Parameters(total=total, active=total - unused)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of one token's forward pass in a full window of ``seq_len``.

@@ -137,7 +137,8 @@ class Store:
         one that is damaged or of another version, ResourceError on a full disk.
         """
         about = folder / "store.json"
-        if write and not about.exists():
+        made = write and not about.exists()
+        if made:
             if options is None:
                 raise RecipeError(f"{folder}: holds no experts")
             with explained(folder.parent, f"{folder} cannot be made"):
@@ -152,7 +153,7 @@ class Store:
                 lock = _locked(folder)
                 undo.callback(os.close, lock)
             try:
-                file, direct = _opened(folder / "records.bin", write, make=options is not None)
+                file, direct = _opened(folder / "records.bin", write, make=made)
             except FileNotFoundError:
                 raise CheckpointError(
                     f"{folder / 'records.bin'}: is missing; restore it from a copy"

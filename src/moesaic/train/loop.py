@@ -314,6 +314,8 @@ def _start(session: Session, run: Path, log: Logger) -> Progress:
         log.say(f"{run}: continues at step {progress.step} of {session.recipe.train.steps}; {size}")
     else:
         log.say(f"{run}: {size}; {session.store.train_tokens:,} training tokens")
+    for line in session.memory():
+        log.say(line)
     return progress
 
 

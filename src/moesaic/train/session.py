@@ -113,6 +113,23 @@ class Session:
         if self.experts is not None and self.run is not None:
             self.experts.store.committed(indexes(self.run).values())
 
+    def memory(self) -> list[str]:
+        """Where experts are on disk: what the model is made of, and what of it is in memory."""
+        if self.experts is None:
+            return []
+        pool, store = self.experts.pool, self.experts.store
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.model.config.parts().items())
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        state = sum(p.numel() * (12 if p.element_size() == 2 else 8) for p in self.trainable)
+        gradients = sum(p.numel() * p.element_size() for p in self.trainable)
+        direct = "direct I/O" if store.direct else "no direct I/O here, so that the page cache holds them too"
+        return [
+            f"parameters: {parts}",
+            f"in memory: {pool.slots:,} of {store.layers * store.experts:,} experts ({human_size(pool.memory)}, "
+            f"{direct}); always {human_size(weights)} of other weights, {human_size(gradients)} of gradients, "
+            f"{human_size(state)} of AdamW; and what a batch takes",
+        ]
+
     def close(self) -> None:
         """Give back what experts on disk hold: files, threads, the lock."""
         if self.experts is not None:
