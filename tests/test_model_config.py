@@ -174,3 +174,12 @@ def test_the_kind_of_router_defaults_to_top_k() -> None:
     assert config(router={"top_k": 1, "renormalize": True}).router == router_options(
         "top_k", 1, renormalize=True
     )
+
+
+def test_parts_make_the_whole_and_keys_are_not_taken_of_a_prime() -> None:
+    options: dict[str, Any] = {"kind": "smart", "keys": "product"}
+    config = ModelConfig(vocab_size=100, experts={"count": 12, "hidden": 8}, router=options)
+    assert sum(config.parts().values()) == config.parameters().total
+    assert {"embeddings", "attention", "norms", "experts", "routers"} <= set(config.parts())
+    with pytest.raises(ValueError, match=r"experts\.count = 4099 is prime.*4096 is 64"):
+        ModelConfig(vocab_size=100, experts={"count": 4099}, router=options)

@@ -70,7 +70,7 @@ class ModelConfig(Options):
             count = self.experts.count
             if count > 3 and product_keys(count)[0] == 1 and self.moe_layers:
                 raise ValueError(
-                    f"experts.count = {count} is prime, so that product keys would be as many as the experts; "
+                    f"experts.count = {count} is prime, so product keys would be as many as the experts; "
                     "choose a product of two numbers near each other (4096 is 64 · 64)"
                 )
         if attention.heads % attention.num_kv_heads:

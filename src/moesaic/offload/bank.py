@@ -31,6 +31,7 @@ class Source(Protocol):
     shape: ExpertShape
     chunk: int  # experts to gather at once
     experts: int  # of a layer
+    banks: "list[OffloadedExperts]"  # of all layers, this source's
 
     def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
         """Matrices of ``chunk`` experts at most as they are now, float32 or bfloat16; good until the next
@@ -43,13 +44,15 @@ class Source(Protocol):
 
 
 class OffloadedExperts(nn.Module):
-    """One layer's bank. ``factors`` are the gradients since ``take_factors`` was last called."""
+    """One layer's bank. ``factors`` are the gradients since ``take_factors`` was last called, ``last`` the
+    experts of its last chunk, with which its backward pass begins."""
 
     def __init__(self, source: Source, layer: int, trains: bool = True) -> None:
         super().__init__()
         self.source, self.layer = source, layer
         self.kind: FFNKind = source.shape.kind
         self.factors: list[Factors] = []
+        self.last: list[int] = []
         self.trains = trains
 
     def fill(self, counts_E: list[int], device: torch.device) -> list[int]:
@@ -128,6 +131,7 @@ class _Offloaded(torch.autograd.Function):
                 z.relu_()
             a = z if bank.kind == "relu" else activate(z, bank.kind)
             group.products(a, down.mT, None, y_RD[rows]).mul_(weight_R1[rows])
+        bank.last = chunks[-1][0] if chunks else []
         ctx.save_for_backward(x_TD, weight_TK, z_RG)
         ctx.dispatch, ctx.bank, ctx.chunks, ctx.learn = dispatch, bank, chunks, learn
         return dispatch.combine(y_RD)
@@ -147,6 +151,8 @@ class _Offloaded(torch.autograd.Function):
             first, down = bank.source.gather(bank.layer, experts, x_TD.dtype)
             if number:
                 bank.source.prefetch(bank.layer, chunks[number - 1][0])
+            elif bank.layer:  # the layer below is the next to want its experts
+                bank.source.prefetch(bank.layer - 1, bank.source.banks[bank.layer - 1].last)
             group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device)
             z, weight_1, dy = z_RG[rows], weight_R1[rows], dy_RD[rows]
             a = z if kind == "relu" else activate(z, kind)

@@ -118,6 +118,7 @@ class Session:
         if self.experts is None:
             return []
         pool, store = self.experts.pool, self.experts.store
+        experts = f"{pool.slots:,} of {store.layers * store.experts:,} experts ({human_size(pool.memory)}"
         parts = ", ".join(f"{name} {count:,}" for name, count in self.model.config.parts().items())
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         state = sum(p.numel() * (12 if p.element_size() == 2 else 8) for p in self.trainable)
@@ -125,9 +126,8 @@ class Session:
         direct = "direct I/O" if store.direct else "no direct I/O here, so that the page cache holds them too"
         return [
             f"parameters: {parts}",
-            f"in memory: {pool.slots:,} of {store.layers * store.experts:,} experts ({human_size(pool.memory)}, "
-            f"{direct}); always {human_size(weights)} of other weights, {human_size(gradients)} of gradients, "
-            f"{human_size(state)} of AdamW; and what a batch takes",
+            f"in memory: {experts}, {direct}); always {human_size(weights)} of other weights, "
+            f"{human_size(gradients)} of gradients, {human_size(state)} of AdamW; and what a batch takes",
         ]
 
     def close(self) -> None:
