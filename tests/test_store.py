@@ -19,6 +19,8 @@ from test_disk_experts import train, weights_of
 
 import moesaic
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
+from moesaic.native import library
+from moesaic.offload import records
 from moesaic.offload import store as store_module
 from moesaic.offload.store import Index, Store
 
@@ -43,6 +45,24 @@ def test_a_new_store_takes_no_room_and_its_experts_follow_from_the_seed(tmp_path
             assert bytes(a) == bytes(b) != bytes(c)
             seen.add(bytes(a))
     assert len(seen) == 6
+
+
+def test_untouched_weights_are_philox_with_a_compiler_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The known answer of Random123's philox4x32_10 for a counter and a key of zeros.
+    words = records._philox(1, 0, 0, 0).view("<u4")
+    assert [hex(word) for word in words] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    shape, found = records.ExpertShape("swiglu", 48, 37), []
+    for native in (True, False):
+        if native and not library.available():
+            continue
+        monkeypatch.setattr(library, "available", lambda native=native: native)
+        found.append(records.initial_weights(shape, (0.02, 0.5), 2**62 + 12345, 3, 4095))
+    for other in found[1:]:
+        assert np.array_equal(found[0], other)
+    cut = shape.inner * shape.width
+    assert found[0][:cut].std() == pytest.approx(0.02, rel=0.05)
+    assert found[0][cut:].std() == pytest.approx(0.5, rel=0.05)
+    assert abs(float(found[0][cut:].mean())) < 0.05
 
 
 def test_what_a_checkpoint_refers_to_is_never_written_over(tmp_path: Path) -> None:
