@@ -11,6 +11,7 @@ import torch
 from tiny_runs import tiny, words
 
 from moesaic.analysis.evaluate import evaluate
+from moesaic.analysis.routing import neighbours_summed
 from moesaic.data.pretrain import prepare
 from moesaic.data.store import TokenStore
 from moesaic.model.transformer import LanguageModel
@@ -100,3 +101,27 @@ def test_it_leaves_the_model_as_it_was(made: tuple[LanguageModel, TokenStore], t
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 50])
+def test_a_few_windows_are_the_first_of_each_domain(
+    made: tuple[LanguageModel, TokenStore], batch_size: int
+) -> None:
+    model, store = made
+    result = evaluate(model, store, batch_size, SEQ_LEN, most=3)
+    model.eval()
+    for domain in result.domains:
+        nats = by_hand(model, validation_ids(store, domain.domain)[: 3 * SEQ_LEN + 1])
+        assert domain.tokens == 3 * SEQ_LEN
+        assert domain.loss == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+
+
+def test_loads_of_thousands_are_written_by_groups_of_neighbours() -> None:
+    counts_LE = torch.arange(2 * 1000).view(2, 1000)
+    summed_LE, size = neighbours_summed(counts_LE)
+    assert (size, summed_LE.shape) == (4, (2, 250))
+    assert torch.equal(summed_LE.sum(1), counts_LE.sum(1))
+    assert summed_LE[1, 3] == counts_LE[1, 12:16].sum()
+    same_LE, size = neighbours_summed(counts_LE[:, :64])
+    assert size == 1
+    assert torch.equal(same_LE, counts_LE[:, :64])

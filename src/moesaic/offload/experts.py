@@ -42,11 +42,9 @@ class StreamedExperts:
 
     def __init__(self, records: Unchanging, memory: int, threads: int = 8) -> None:
         """Raises as ``Pool``."""
-        self.pool, self.layout, self.shape = (
-            Pool(records, memory, threads),
-            records.layout,
-            records.layout.shape,
-        )
+        self.pool = Pool(records, memory, threads)
+        self.layout = records.layout
+        self.shape = self.layout.shape
         self.chunk, self.experts = _chunk(self.pool), records.experts
         self.banks = [OffloadedExperts(self, layer, trains=False) for layer in range(records.layers)]
         self._room = Room(self.shape, self.chunk)
