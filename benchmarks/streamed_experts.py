@@ -45,7 +45,7 @@ class Mapped:
         self.files, self.shape, self.experts, self.chunk = files, shape, experts, 8
         self.maps = [np.memmap(path, np.uint8, "r") for path, _ in files.files]
         self.room = Room(shape, self.chunk)
-        self.banks = [OffloadedExperts(self, layer, trains=False) for layer in range(len(files.file_LEN))]
+        self.last: list[list[int]] = [[] for _ in files.file_LEN]
 
     def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
         first, down = self.room.of(len(experts), dtype)
@@ -62,6 +62,9 @@ class Mapped:
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """The kernel reads ahead as it likes."""
 
+    def close(self) -> None:
+        """Nothing is held but maps."""
+
 
 def make(folder: Path) -> None:
     """The model as a Hugging Face directory in shards."""
@@ -77,7 +80,9 @@ def decode(kind: str, folder: Path, memory: int, tokens: int) -> None:
     lm = moesaic.load(folder, memory=None if kind == "in memory" else memory)
     if kind == "mapped":
         files, config = open_hf(folder).experts(), lm.config
-        replace_banks(lm.model, Mapped(files, shape_of(config), config.experts.count).banks)
+        source = Mapped(files, shape_of(config), config.experts.count)
+        banks = [OffloadedExperts(source, layer, trains=False) for layer in range(len(config.moe_layers))]
+        replace_banks(lm.model, banks)
     lm.lay_out()
     rates, found = [], []
     for _ in range(REPEATS):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ name = "begun"
 data = { source = "files" }
 train = { steps = 8, batch_size = 4, seq_len = 16, clip = 1.0, log_every = 1, device = "cpu" }
 optim = { lr = 1e-2, weight_decay = 0.1 }
-offload = { weights = "fp32", moments = "fp32" }
+offload = { moments = "fp32" }
 eval = { every = 100, sample = 0 }
 """
 
@@ -112,6 +113,8 @@ def test_verbs_leave_experts_on_disk_when_they_are_told_to(tmp_path: Path) -> No
     assert said[0] == said[1]
     code, _, why = called("generate", str(path), "offload.memory=3", "-p", "the")
     assert (code, "hold 0 experts" in why) == (2, True)
+    code, _, why = called("eval", "offload.memory=30kB", "--data", held)
+    assert (code, "name a model" in why) == (2, True)
     code, _, why = called("generate", str(path), "--temprature", "0", "-p", "the")
     assert (code, "--temprature: is not understood" in why) == (2, True)
 
@@ -119,6 +122,17 @@ def test_verbs_leave_experts_on_disk_when_they_are_told_to(tmp_path: Path) -> No
 def called(*words: str) -> tuple[int, str, str]:
     done = command(*words)
     return done.returncode, done.stdout, done.stderr
+
+
+def test_what_is_read_in_inference_can_be_read_outside_of_it_and_ends_with_the_model(tmp_path: Path) -> None:
+    path = directory(tmp_path, "olmoe")
+    lm = moesaic.load(path, memory=40_000)
+    wanted = lm.logits(ids(5))
+    with torch.no_grad():
+        torch.testing.assert_close(lm.model(ids(5)).logits_BTV, wanted)
+    pool = weakref.ref(lm.model.moe_modules()[0].experts.source.pool)
+    del lm
+    assert pool() is None
 
 
 def test_a_run_of_ones_own_is_read_from_its_file_too(tmp_path: Path) -> None:
@@ -148,6 +162,16 @@ def test_a_run_begins_from_the_experts_of_a_model_and_grows_only_by_what_it_trai
     moesaic.export_model(disk, tmp_path / "exported")
     again = moesaic.load(tmp_path / "exported").logits(ids(12))
     torch.testing.assert_close(again, moesaic.load(disk).logits(ids(12)), rtol=1e-4, atol=1e-5)
+    saved = (disk / "experts" / "store.json").read_bytes()
+    assert json.loads(saved)["weights"] == "fp32"
+    shard = path / where(path, "model.layers.1.mlp.experts.2.down_proj.weight")[0]
+    kept = shard.read_bytes()  # another training of that model would leave this file of the same length
+    head = 8 + int.from_bytes(kept[:8], "little")
+    shard.write_bytes(kept[:head] + bytes(byte ^ 1 for byte in kept[head:]))
+    with pytest.raises(CheckpointError, match="its experts are others now"):
+        moesaic.load(disk)
+    shard.write_bytes(kept)
+    moesaic.load(disk)
     shard = next(path.glob("model-00001*.safetensors"))
     with shard.open("ab") as file:
         file.write(b"x")
@@ -188,14 +212,18 @@ def test_what_cannot_be_streamed_is_said(
         moesaic.load(path, **{"memory": 40_000, **words})
 
 
+def where(path: Path, tensor: str) -> tuple[str, int]:
+    """The file of a tensor and its first byte there."""
+    name = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"][tensor]
+    with (path / name).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return name, 8 + length + json.loads(file.read(length))[tensor]["data_offsets"][0]
+
+
 def test_a_damaged_expert_is_named_and_a_dense_model_refused(tmp_path: Path) -> None:
     path = directory(tmp_path, "olmoe")
-    index = json.loads((path / "model.safetensors.index.json").read_text())
-    name = "model.layers.1.mlp.experts.2.down_proj.weight"
-    shard = path / index["weight_map"][name]
-    with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+    name, start = where(path, "model.layers.1.mlp.experts.2.down_proj.weight")
+    shard = path / name
     with shard.open("r+b") as file:
         file.seek(start)
         file.write(b"\xff\xff\xff\x7f")
@@ -209,5 +237,11 @@ def test_a_damaged_expert_is_named_and_a_dense_model_refused(tmp_path: Path) -> 
         lm.logits(torch.arange(40)[None])
     dense = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
     dense.save_pretrained(tmp_path / "dense")
+    Tokenizer.char(TEXT).save(tmp_path / "dense" / "tokenizer.json")
     with pytest.raises(RecipeError, match="has no experts to put on disk"):
         moesaic.load(tmp_path / "dense", memory=40_000)
+    recipe, text = tmp_path / "begun.toml", tmp_path / "text.txt"
+    recipe.write_text(BEGUN, encoding="utf-8")
+    text.write_text(TEXT * 200, encoding="utf-8")
+    with pytest.raises(RecipeError, match="has no experts to put on disk"):
+        run(str(recipe), [f"start={tmp_path / 'dense'}", f"data.path={text}", "offload.memory=60kB"])

@@ -23,7 +23,8 @@ from moesaic.model.lora import LoRAOptions, add_lora, merge_lora
 from moesaic.model.packed import Layout, pack
 from moesaic.model.transformer import LanguageModel, Output
 from moesaic.native import library
-from moesaic.offload.model import FOLDER, check_config, read_on_disk, replace_banks, shape_of
+from moesaic.offload.bank import OffloadedExperts
+from moesaic.offload.model import FOLDER, read_on_disk, replace_banks, shape_of
 from moesaic.offload.origins import Files
 from moesaic.offload.store import INDEX
 from moesaic.routing import Routing
@@ -178,6 +179,7 @@ def load(
     keep_freed_memory()
     if is_hf(path):
         config, model = load_hf(path, device, warnings.warn, memory)
+        _close_with(model)
         return LM(config, model, load_tokenizer(path), path, stop_ids(path))
     path, contents = _find(path)
     try:
@@ -199,10 +201,10 @@ def load(
             room = DISK_MEMORY if memory is None else memory
             experts = read_on_disk(folder, about["offload"], contents.tensors[INDEX], room)
             replace_banks(model, experts.banks)
-            weakref.finalize(model, experts.close)
         elif memory is not None:
             replace_banks(model, banks_in_files(_files(path, config, tensors), config, memory))
             tensors = {name: tensor for name, tensor in tensors.items() if not is_expert(name)}
+    _close_with(model)
     model.to_empty(device=device)
     if config.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -220,9 +222,15 @@ def load(
     return LM(config, model.eval(), Tokenizer.parse(tokenizer, f"{path}/tokenizer.json"), path, stop)
 
 
+def _close_with(model: LanguageModel) -> None:
+    """Have what holds its experts on disk, if they are, end with the model."""
+    banks = [module.experts for module in model.moe_modules()]
+    for source in {bank.source for bank in banks if isinstance(bank, OffloadedExperts)}:
+        weakref.finalize(model, source.close)
+
+
 def _files(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> Files:
     """Where the experts of a model of our own are in its file."""
-    check_config(config)
     sources: Sources = {name: [(name, ())] for name in tensors if is_expert(name)}
     try:
         return experts_in_files(config, sources, Shards(path))
@@ -241,8 +249,11 @@ def experts_of(directory: str | Path, config: ModelConfig) -> Files:
     else:
         path, contents = _find(path)
         about = contents.json["moesaic.json"]
-        if "offload" in about or "lora" in about:
-            raise RecipeError(f"start = {directory}: export it first (moesaic export), and begin from that")
+        if "offload" in about or "lora" in about or path.parent.name == "checkpoints":
+            raise RecipeError(
+                f"start = {directory}: its experts do not stay where they are now; export it first (moesaic "
+                "export), and begin from that"
+            )
         theirs = validate(ModelConfig, about["model"], where=str(path / "moesaic.json"))
         files = _files(path, theirs, contents.tensors["model.safetensors"])
     mine = (config.moe_layers, config.experts.count, shape_of(config))

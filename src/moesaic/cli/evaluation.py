@@ -43,7 +43,7 @@ def eval_model(
     """Measure models, ours in process: moesaic eval MODEL --tasks arc_easy,piqa, or --data code=code.txt."""
     from moesaic.analysis.harness import Suite, rows_of
     from moesaic.analysis.held_out import OwnData
-    from moesaic.lm import load
+    from moesaic.lm import described, load
 
     suite = Suite(
         [name for name in tasks.split(",") if name], _named("--local", local, "mmlu=FOLDER"), shots, limit
@@ -63,9 +63,13 @@ def eval_model(
         say(f"{sum(map(len, own.examples.values())):,} rows of --data")
     words = [str(path) for path in models if "=" in str(path) and not path.exists()]
     memory, results = memory_of(words), {}
+    models = [path for path in models if str(path) not in words]
+    if not models:
+        raise RecipeError("name a model: moesaic eval MODEL …")
+    for path in models if memory is not None else []:  # before the first is measured
+        if not described(path)[0].moe_layers:
+            raise RecipeError(f"{path}: has no experts to leave on disk; leave offload.memory out")
     for path in models:
-        if str(path) in words:
-            continue
         say(f"evaluating {path}")
         lm = load(path, memory=memory)
         found = suite.run(lm, say) if suite.tasks or suite.local else {}

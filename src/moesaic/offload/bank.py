@@ -31,7 +31,7 @@ class Source(Protocol):
     shape: ExpertShape
     chunk: int  # experts to gather at once
     experts: int  # of a layer
-    banks: "list[OffloadedExperts]"  # of all layers, this source's
+    last: list[list[int]]  # of each layer, the chunk that its forward pass ended with
 
     def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
         """Matrices of ``chunk`` experts at most as they are now, float32 or bfloat16; good until the next
@@ -42,17 +42,19 @@ class Source(Protocol):
         """Experts that will be gathered next."""
         ...
 
+    def close(self) -> None:
+        """Give back what it holds; nothing can be gathered then."""
+        ...
+
 
 class OffloadedExperts(nn.Module):
-    """One layer's bank. ``factors`` are the gradients since ``take_factors`` was last called, ``last`` the
-    experts of its last chunk, with which its backward pass begins."""
+    """One layer's bank. ``factors`` are the gradients since ``take_factors`` was last called."""
 
     def __init__(self, source: Source, layer: int, trains: bool = True) -> None:
         super().__init__()
         self.source, self.layer = source, layer
         self.kind: FFNKind = source.shape.kind
         self.factors: list[Factors] = []
-        self.last: list[int] = []
         self.trains = trains
 
     def fill(self, counts_E: list[int], device: torch.device) -> list[int]:
@@ -131,7 +133,7 @@ class _Offloaded(torch.autograd.Function):
                 z.relu_()
             a = z if bank.kind == "relu" else activate(z, bank.kind)
             group.products(a, down.mT, None, y_RD[rows]).mul_(weight_R1[rows])
-        bank.last = chunks[-1][0] if chunks else []
+        bank.source.last[bank.layer] = chunks[-1][0] if chunks else []
         ctx.save_for_backward(x_TD, weight_TK, z_RG)
         ctx.dispatch, ctx.bank, ctx.chunks, ctx.learn = dispatch, bank, chunks, learn
         return dispatch.combine(y_RD)
@@ -152,7 +154,7 @@ class _Offloaded(torch.autograd.Function):
             if number:
                 bank.source.prefetch(bank.layer, chunks[number - 1][0])
             elif bank.layer:  # the layer below is the next to want its experts
-                bank.source.prefetch(bank.layer - 1, bank.source.banks[bank.layer - 1].last)
+                bank.source.prefetch(bank.layer - 1, bank.source.last[bank.layer - 1])
             group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device)
             z, weight_1, dy = z_RG[rows], weight_R1[rows], dy_RD[rows]
             a = z if kind == "relu" else activate(z, kind)

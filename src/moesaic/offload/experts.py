@@ -32,13 +32,14 @@ class Room:
     def of(self, experts: int, dtype: torch.dtype) -> Matrices:
         """Uninitialised matrices of so many experts, at most a chunk."""
         if dtype not in self._stacks:
-            self._stacks[dtype] = self.shape.stacks(self.chunk, dtype)
+            with torch.inference_mode(False):  # the first to ask may be in it, a later one not
+                self._stacks[dtype] = self.shape.stacks(self.chunk, dtype)
         first, down = self._stacks[dtype]
         return first[:experts], down[:experts]
 
 
 class StreamedExperts:
-    """All banks of a model, read out of an origin through one pool and never changed."""
+    """The experts of a model, read out of an origin through one pool and never changed."""
 
     def __init__(self, records: Unchanging, memory: int, threads: int = 8) -> None:
         """Raises as ``Pool``."""
@@ -46,8 +47,12 @@ class StreamedExperts:
         self.layout = records.layout
         self.shape = self.layout.shape
         self.chunk, self.experts = _chunk(self.pool), records.experts
-        self.banks = [OffloadedExperts(self, layer, trains=False) for layer in range(records.layers)]
+        self.last: list[list[int]] = [[] for _ in range(records.layers)]
         self._room = Room(self.shape, self.chunk)
+
+    def close(self) -> None:
+        """Give memory and threads back."""
+        self.pool.close()
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read experts that will be gathered next."""
@@ -78,6 +83,7 @@ class DiskExperts:
         self.layout = store.options.layout
         self.shape = self.layout.shape
         self.chunk, self.experts = _chunk(pool), store.experts
+        self.last: list[list[int]] = [[] for _ in range(store.layers)]
         self.history = History(constants)
         self._room = Room(self.shape, self.chunk)
         self.banks = [OffloadedExperts(self, layer) for layer in range(store.layers)]

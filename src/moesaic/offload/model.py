@@ -21,9 +21,9 @@ from moesaic.model.transformer import LanguageModel
 from moesaic.offload.bank import OffloadedExperts
 from moesaic.offload.catch_up import AdamW
 from moesaic.offload.experts import DiskExperts
-from moesaic.offload.origins import Generated, Origin
+from moesaic.offload.origins import Files, Generated, Origin
 from moesaic.offload.pool import Pool, check_memory
-from moesaic.offload.records import ExpertShape, Layout
+from moesaic.offload.records import ExpertShape, Layout, WeightKind
 from moesaic.offload.store import Index, Store, StoreOptions
 
 FOLDER = "experts"  # in a run directory
@@ -34,13 +34,14 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 class OffloadOptions(Options):
     """Experts on disk, of which ``memory`` ("2GiB") holds those in use; not given: all are in memory.
 
-    ``weights`` in bfloat16 are rounded stochastically; ``moments`` of AdamW are float32, bfloat16 or int8 in
-    blocks of 256. ``mode``: ``exact`` equals dense AdamW, ``lazy`` counts an expert's own steps. ``threads``
-    read and write at once.
+    ``weights`` in bfloat16 are rounded stochastically (``auto``: so they are, unless the run begins from a
+    model that has more bits of them); ``moments`` of AdamW are float32, bfloat16 or int8 in blocks of 256.
+    ``mode``: ``exact`` equals dense AdamW, ``lazy`` counts an expert's own steps. ``threads`` read and write
+    at once.
     """
 
     memory: str | None = None
-    weights: Literal["fp32", "bf16"] = "bf16"
+    weights: Literal["auto", "fp32", "bf16"] = "auto"
     moments: Literal["fp32", "bf16", "int8"] = "int8"
     mode: Literal["exact", "lazy"] = "exact"
     threads: int = Field(8, ge=1, le=64)
@@ -68,7 +69,7 @@ def build_on_disk(
     constants: AdamW,
     seed: int,
     folder: Path,
-    origin: Origin | None = None,
+    origin: Files | None = None,
 ) -> tuple[LanguageModel, DiskExperts]:
     """A new model, initialised from torch's global generator but for its experts, whose store is made or
     opened in ``folder``; they begin as those of ``origin``, whose model then has the other weights too, and
@@ -76,10 +77,12 @@ def build_on_disk(
     check_config(config)
     with torch.device("meta"):
         model = LanguageModel(config)
-    layout = Layout(shape_of(config), options.weights, options.moments)
+    whole = origin is not None and origin.dtype != torch.bfloat16
+    weights: WeightKind = ("fp32" if whole else "bf16") if options.weights == "auto" else options.weights
+    layout = Layout(shape_of(config), weights, options.moments)
     memory = bytes_of(str(options.memory))
     check_memory(memory, layout.bytes)
-    begin = origin or Generated(seed, _stds(config.init, layout.shape))
+    begin: Origin = origin or Generated(seed, _stds(config.init, layout.shape))
     wanted = StoreOptions(layout, len(config.moe_layers), config.experts.count, begin)
     if not (folder.parent / "recipe.toml").exists():
         _remove_half_made(folder)

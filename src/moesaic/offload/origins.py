@@ -5,6 +5,7 @@ Shape legend: L sparse layers, E experts of a layer, N pieces of an expert in fi
 
 import os
 import weakref
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from torch import Tensor
 from moesaic.errors import CheckpointError
 from moesaic.offload.records import ExpertShape, Layout, initial_weights
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+_SAMPLE = 64  # bytes at the beginning of each piece by which files are known again
 
 
 class Origin(Protocol):
@@ -61,9 +65,10 @@ class Files:
         bounds: Sequence[int],
         file_LEN: NDArray[np.int64],
         start_LEN: NDArray[np.int64],
+        fingerprint: int | None = None,
     ) -> None:
-        """``files`` with their sizes in bytes. Raises CheckpointError where one is gone or of another
-        size."""
+        """``files`` with their sizes in bytes; ``fingerprint`` as this attribute was before. Raises
+        CheckpointError where a file is gone or another one now."""
         self.files, self.dtype, self.bounds = list(files), dtype, list(bounds)
         self.file_LEN, self.start_LEN = file_LEN, start_LEN
         self._sound_LE = np.zeros(file_LEN.shape[:2], bool)  # experts that were read once and found finite
@@ -78,13 +83,29 @@ class Files:
             if found != size:
                 raise CheckpointError(f"{path}: has {found} bytes and had {size}; bring that file back")
 
+        self.fingerprint = self._sampled()
+        if fingerprint not in (None, self.fingerprint):
+            raise CheckpointError(
+                f"{self.files[0][0]}: its experts are others now than when this run began from them; bring "
+                "those files back"
+            )
+
+    def _sampled(self) -> int:
+        """A CRC-32 of the first bytes of every piece of every expert."""
+        crc, sample = 0, bytearray(_SAMPLE)
+        for file, start in zip(self.file_LEN.flat, self.start_LEN.flat, strict=True):
+            self._read(int(file), int(start), memoryview(sample))
+            crc = zlib.crc32(sample, crc)
+        return crc
+
     def fill(self, shape: ExpertShape, layer: int, expert: int, weights_P: Tensor) -> None:
         """As ``Origin.fill``; NaN and infinities are refused when an expert is first read."""
         for n, (begin, end) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
             to = weights_P[begin:end]
             into = to if to.dtype == self.dtype else torch.empty(end - begin, dtype=self.dtype)
             file = int(self.file_LEN[layer, expert, n])
-            self._read(file, int(self.start_LEN[layer, expert, n]), into)
+            view = memoryview(into.view(torch.uint8).numpy().data)
+            self._read(file, int(self.start_LEN[layer, expert, n]), view)
             if into is not to:
                 to.copy_(into)
         if not self._sound_LE[layer, expert] and not torch.stack(weights_P.aminmax()).isfinite().all():
@@ -92,8 +113,7 @@ class Files:
             raise CheckpointError(f"{path}: expert {expert} of layer {layer} holds NaN or infinity")
         self._sound_LE[layer, expert] = True
 
-    def _read(self, file: int, start: int, into: Tensor) -> None:
-        left = memoryview(into.view(torch.uint8).numpy().data)
+    def _read(self, file: int, start: int, left: memoryview) -> None:
         try:
             while left:  # one read gives at most 2 GB
                 count = os.preadv(self._open[file], [left], start)
@@ -109,6 +129,7 @@ class Files:
             "dtype": str(self.dtype).removeprefix("torch."),
             "bounds": self.bounds,
             "places": [self.file_LEN.tolist(), self.start_LEN.tolist()],
+            "fingerprint": self.fingerprint,
         }
 
 
@@ -118,8 +139,9 @@ def origin_of(value: dict[str, Any]) -> Origin:
         first, last = value["std"]
         return Generated(value["seed"], (first, last))
     files = [(Path(path), int(size)) for path, size in value["files"]]
-    places = (np.array(table, np.int64) for table in value["places"])
-    return Files(files, _DTYPES[value["dtype"]], value["bounds"], *places)
+    file_LEN, start_LEN = (np.array(table, np.int64) for table in value["places"])
+    dtype = _DTYPES[value["dtype"]]
+    return Files(files, dtype, value["bounds"], file_LEN, start_LEN, value["fingerprint"])
 
 
 class Unchanging:

@@ -109,9 +109,10 @@ class Pool:
         return self.slots * self.store.record
 
     def close(self) -> None:
-        """End the threads, and close the records; nothing is written back."""
+        """End the threads, close the records, and free the slots; nothing is written back."""
         self._threads.shutdown()
         self.store.close()
+        del self.records, self._view, self._memory  # whoever is part of a cycle is collected late
 
     def _reserve(self, layer: int, experts: Sequence[int]) -> list[int]:
         known = [self._slot.get((layer, expert)) for expert in experts]

@@ -20,7 +20,7 @@ from moesaic.files import human_size
 from moesaic.machine import available_memory
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import LanguageModel
-from moesaic.offload.model import check_config, replace_banks
+from moesaic.offload.model import replace_banks
 from moesaic.offload.origins import Files
 from moesaic.weights.checkpoint import write_checkpoint
 from moesaic.weights.config_json import read_config, write_config
@@ -56,13 +56,16 @@ def load_hf(
     for note in found.notes:
         say(note)
     config, model = found.config, found.model
-    sources = found.sources
+    sources, held = found.sources, 0
     if memory is not None:
-        check_config(config)
-        replace_banks(model, banks_in_files(found.experts(), config, memory))
+        banks = banks_in_files(found.experts(), config, memory)
+        replace_banks(model, banks)
+        held = min(
+            memory, len(config.moe_layers) * config.experts.count * banks[0].source.shape.parameters * 4
+        )
         sources = {name: parts for name, parts in sources.items() if not is_expert(name)}
     elements = sum(model.get_parameter(name).numel() for name in sources)
-    _check_memory(directory, elements * found.dtype.itemsize + (memory or 0), found.dtype, device)
+    _check_memory(directory, elements * found.dtype.itemsize, held, found.dtype, device)
     for name, parts in sources.items():
         parameter = torch.empty(model.get_parameter(name).shape, dtype=found.dtype, device=device)
         for source, place in parts:
@@ -299,13 +302,15 @@ def _one(ids: list[int]) -> int | list[int] | None:
     return ids[0] if len(ids) == 1 else ids or None
 
 
-def _check_memory(directory: Path, needed: int, dtype: torch.dtype, device: str) -> None:
-    free = available_memory(device)
+def _check_memory(directory: Path, weights: int, held: int, dtype: torch.dtype, device: str) -> None:
+    """``held`` bytes are for experts that are on disk otherwise."""
+    needed, free = weights + held, available_memory(device)
     if free is not None and needed > free:
         name, most = str(dtype).removeprefix("torch."), free // dtype.itemsize
+        mend = "give offload.memory less" if held else f"a model of {most:,} parameters in {name} would fit"
         raise ResourceError(
             f"{directory}: its weights need {human_size(needed)} of memory, {human_size(free)} are free; "
-            f"a model of {most:,} parameters in {name} would fit"
+            f"{mend}"
         )
 
 

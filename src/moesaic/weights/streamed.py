@@ -9,7 +9,7 @@ from moesaic.errors import CheckpointError
 from moesaic.model.config import ModelConfig
 from moesaic.offload.bank import OffloadedExperts
 from moesaic.offload.experts import StreamedExperts
-from moesaic.offload.model import shape_of
+from moesaic.offload.model import check_config, shape_of
 from moesaic.offload.origins import Files, Unchanging
 from moesaic.offload.records import Layout
 from moesaic.weights.shards import Shards, Stored
@@ -29,12 +29,14 @@ def banks_in_files(files: Files, config: ModelConfig, memory: int) -> list[Offlo
     """Banks that read out of ``files``; ``memory`` bytes hold the experts in use. Raises as ``Pool``."""
     layout = Layout(shape_of(config), "bf16" if str(files.dtype) == "torch.bfloat16" else "fp32", None)
     records = Unchanging(files, layout, len(config.moe_layers), config.experts.count)
-    return StreamedExperts(records, memory).banks
+    source = StreamedExperts(records, memory)
+    return [OffloadedExperts(source, layer, trains=False) for layer in range(records.layers)]
 
 
 def experts_in_files(config: ModelConfig, sources: Sources, shards: Shards) -> Files:
-    """Where each expert's matrices are: whole stacks, or one by one. Raises CheckpointError where they are
-    stored in several ways."""
+    """Where each expert's matrices are: whole stacks, or one by one. Raises RecipeError for a model whose
+    experts cannot be on disk, CheckpointError where they are stored in several ways."""
+    check_config(config)
     shape = shape_of(config)
     first = "gate_up_proj" if shape.kind == "swiglu" else "up_proj"
     names: dict[Path, int] = {}
