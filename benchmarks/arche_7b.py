@@ -44,7 +44,7 @@ TRAIN = [sys.executable, "-c", "from moesaic.cli import main; main()", "train", 
 SKIPPED = 20  # steps at the beginning, of which no time is reported
 EDGE = 20  # steps at each end whose loss is reported
 THREADS = 8
-PAUSE = 0.02  # seconds between looks at a run in training
+PAUSE = 0.1  # seconds between looks at a run in training
 
 DECODE = """
 import json, re, sys, time

@@ -51,14 +51,14 @@ class Factors:
 
     def squared_norm(self) -> float:
         """The sum of squares of all gradients: that of dz^T x is the sum of (x x^T) * (dz dz^T)."""
-        x, dz, a, dy = (t.float() for t in (self.x_RD, self.dz_RG, self.a_RH, self.dy_RD))
-        alone_R = torch.tensor(self.counts).eq(1).repeat_interleave(torch.tensor(self.counts))
+        count_R = torch.tensor(self.counts).repeat_interleave(torch.tensor(self.counts))
         total = torch.zeros((), dtype=torch.float64)
-        for left, right in ((x, dz), (a, dy)):
-            total += (left[alone_R].square().sum(1) * right[alone_R].square().sum(1)).sum()
-            for one, other in zip(left.split(self.counts), right.split(self.counts), strict=True):
-                if len(one) > 1:
-                    total += torch.dot((one @ one.T).flatten(), (other @ other.T).flatten())
+        for count in sorted(set(self.counts)):  # experts of as many rows at once
+            mine_R = (count_R == count).nonzero()[:, 0]
+            for left, right in ((self.x_RD, self.dz_RG), (self.a_RH, self.dy_RD)):
+                stacks = (t[mine_R].float().unflatten(0, (-1, count)) for t in (left, right))
+                one, other = (torch.bmm(rows, rows.mT) for rows in stacks)
+                total += (one * other).sum(dtype=torch.float64)
         return float(total)
 
 
