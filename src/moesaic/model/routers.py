@@ -345,11 +345,10 @@ class Smart(Router):
         logits_TE = scores_TE / self.log_temperature.float().exp()
         probs_TE = logits_TE.softmax(-1)
         if self.training and self.options.budget is not None and self.options.budget < self.num_experts:
-            allowed_E = self._drawn(probs_TE.detach(), real_T)
-            shown_TE = logits_TE.masked_fill(~allowed_E, float("-inf"))
-            # By logits: of many the probability is 0, allowed or not.
-            expert_TK = shown_TE.topk(self.options.top_k, dim=-1).indices
-            prob_TK = shown_TE.softmax(-1).gather(1, expert_TK)
+            drawn_B = self._drawn(probs_TE.detach(), real_T)
+            shown_TB = logits_TE[:, drawn_B]
+            best_TK = shown_TB.topk(self.options.top_k, dim=-1).indices  # by logits: many probabilities are 0
+            prob_TK, expert_TK = shown_TB.softmax(-1).gather(1, best_TK), drawn_B[best_TK]
         else:
             prob_TK, expert_TK = probs_TE.topk(self.options.top_k, dim=-1)
         before_TK = prob_TK.detach().cumsum(-1) - prob_TK.detach()
@@ -369,13 +368,12 @@ class Smart(Router):
         return (one_TI[:, :, None] + two_TJ[:, None, :]).flatten(1)
 
     def _drawn(self, probs_TE: Tensor, real_T: Tensor | None) -> Tensor:
-        """Which experts a call may use, bool [E]: ``budget`` of them, without replacement, by their share of
+        """Which experts a call may use: the numbers of ``budget`` (B), without replacement, by their share of
         all probability (Gumbel top-k, Kool et al. 2019, arXiv 1903.06059). The most likely ones alone would
         stay so for ever, and the others never be seen."""
         mass_E = (probs_TE if real_T is None else probs_TE[real_T]).sum(0)
         gumbel_E = -torch.empty_like(mass_E).exponential_().log()
-        chosen = (mass_E.clamp_min(1e-20).log() + gumbel_E).topk(int(self.options.budget or 0)).indices
-        return torch.zeros_like(mass_E, dtype=torch.bool).index_fill_(0, chosen, True)
+        return (mass_E.clamp_min(1e-20).log() + gumbel_E).topk(int(self.options.budget or 0)).indices
 
 
 ROUTERS: dict[str, tuple[type[BaseRouterOptions], type[Router]]] = {

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 _NEGLIGIBLE = 1e-12  # what is left of a push that is not added any more
@@ -84,23 +85,22 @@ class History:
         c, last = self.constants, self.step
         skipped = last - stamp
         keep = math.exp(self._log_keep[last] - self._log_keep[stamp])
-        pushes: list[tuple[float, float]] = []
-        weight, push, moment, end = 1.0, 0.0, 0.0, 1  # end: the last step of the span, counted from the stamp
         ratio = c.beta1 / math.sqrt(c.beta2)
-        for j in range(stamp + 1, last + 1):
-            weight *= ratio
-            if weight < _NEGLIGIBLE:
-                break
-            scale = math.sqrt(1 - c.beta2**j) / (1 - c.beta1**j)
-            one = self.rates[j - 1] * scale * weight * math.exp(self._log_keep[last] - self._log_keep[j])
-            push += one
-            moment += one * c.eps * math.sqrt((1 - c.beta2**j) / max(c.beta2 ** (j - stamp), 1e-300))
-            if j - stamp == end:
-                pushes.append((push, moment / push if push else c.eps))
-                push, moment, end = 0.0, 0.0, 2 * end + 1
-        if push:
-            pushes.append((push, moment / push))
-        return CatchUp(keep, pushes, c.beta1**skipped, c.beta2**skipped)
+        lasting = skipped if not ratio else min(skipped, int(math.log(_NEGLIGIBLE) / math.log(ratio)))
+        if not ratio or not lasting:
+            return CatchUp(keep, [], c.beta1**skipped, c.beta2**skipped)
+        n = np.arange(1, lasting + 1)
+        j = stamp + n
+        scale = np.sqrt(1 - c.beta2**j) / (1 - c.beta1**j)
+        rates = np.array(self.rates[stamp : stamp + lasting])
+        after = np.exp(self._log_keep[last] - np.array(self._log_keep[stamp + 1 : stamp + 1 + lasting]))
+        push = rates * scale * ratio**n * after
+        eps = c.eps * np.sqrt((1 - c.beta2**j) / np.maximum(c.beta2**n, 1e-300))
+        starts = [2**k - 1 for k in range(lasting.bit_length()) if 2**k - 1 < lasting]  # spans of 1, 2, 4 …
+        pushes = np.add.reduceat(push, starts)
+        moments = np.add.reduceat(push * eps, starts)
+        spans = [(float(p), float(m / p)) for p, m in zip(pushes, moments, strict=True) if p > 0]
+        return CatchUp(keep, spans, c.beta1**skipped, c.beta2**skipped)
 
     def decay_since(self, stamp: int) -> CatchUp:
         """The decay of the weights alone, as lazy AdamW makes up for it."""

@@ -31,7 +31,7 @@ from moesaic.weights.checkpoint import newest_valid, save, write_checkpoint
 _MOST_PASSED_OVER = 20
 # Steps with experts on disk, whose memory is promised, after which what was freed goes back to the system:
 # glibc leaves more holes from step to step (arche-7b: 70 MB each), and the step after pays for new pages.
-_GIVE_BACK_EVERY = 4
+_GIVE_BACK_EVERY = 8
 
 
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
