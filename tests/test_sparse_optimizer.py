@@ -170,3 +170,23 @@ def test_what_makes_no_sense_is_refused() -> None:
         SparseExpertAdamW([nn.Parameter(torch.zeros(3))])
     with pytest.raises(ValueError, match="keeps nothing of a weight"):
         History(AdamW(0.9, 0.95, 1e-8, 10.0)).add(0.2)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.95, 0.98), (0.0, 0.99), (0.9, 0.9999999)])
+@pytest.mark.parametrize("idle", [1, 2, 3, 4, 7, 20, 170, 900])
+def test_three_terms_are_the_sum_over_all_idle_steps(betas: tuple[float, float], idle: int) -> None:
+    """At every size of the second moment's root, far below epsilon and far above."""
+    c, stamp = AdamW(*betas, 1e-8, 0.1), 50
+    rates = [1e-3 * min(1, (n + 1) / 100) for n in range(stamp + idle)]
+    by = History(c, rates).since(stamp)
+    for root in (0.0, *(1e-8 * 10.0**k for k in range(-3, 6))):
+        wanted, weight = 0.0, 1.0
+        for n in range(1, idle + 1):
+            j, weight = stamp + n, weight * c.beta1 / math.sqrt(c.beta2)
+            decay = math.prod(1 - rate * c.weight_decay for rate in rates[j:])
+            scale = math.sqrt(1 - c.beta2**j) / (1 - c.beta1**j)
+            eps = c.eps * math.sqrt((1 - c.beta2**j) / c.beta2**n)
+            wanted += rates[j - 1] * scale * weight * decay / (root + eps)
+        found = sum(push / (root + eps) for push, eps in by.pushes)
+        assert found == pytest.approx(wanted, rel=1e-4)
+    assert len(by.pushes) <= 3

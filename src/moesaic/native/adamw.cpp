@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 256;
-constexpr int64_t MOST_PUSHES = 10;
+constexpr int64_t MOST_PUSHES = 3;
 
 // What offload/experts.py lays out for each expert: see `scalars` there.
 struct Scalars {

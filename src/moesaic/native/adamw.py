@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.native.library import kernel, numbers
 
-_MOST_PUSHES = 10  # as in adamw.cpp
+_MOST_PUSHES = 3  # as in adamw.cpp, and as many as offload/catch_up.py makes
 _FLOATS = 4 + 2 * _MOST_PUSHES + 8
 
 
@@ -36,9 +36,8 @@ class Scalars:
     seed: int = 0
 
     def floats(self) -> np.ndarray:
-        """In the order of adamw.cpp. Spans double in length, so ten hold a thousand steps; a push after that
-        is nothing."""
-        pushes = list(self.pushes)[:_MOST_PUSHES]
+        """In the order of adamw.cpp."""
+        pushes = self.pushes
         row = np.zeros(_FLOATS, np.float32)
         row[:4] = self.keep, self.first, self.second, len(pushes)
         for n, (push, eps) in enumerate(pushes):
