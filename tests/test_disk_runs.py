@@ -1,5 +1,6 @@
 """Runs with experts on disk, when something goes otherwise than planned: damage, stops, starts that fail."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -129,13 +130,19 @@ def test_two_passes_before_one_backward() -> None:
     bank = Experts(ExpertOptions(count=E, hidden=6), 8)
     for p in bank.parameters():
         torch.nn.init.normal_(p, std=0.3)
+    twin = copy.deepcopy(bank)
     optimizer = SparseExpertAdamW(list(bank.parameters()), lr=1e-2)
     optimizer.watch(bank)
+    dense = torch.optim.AdamW(twin.parameters(), lr=1e-2)
     for step in range(4):
         one, other = routed(3, step), routed(3, 50 + step)
-        (bank(*one).square().sum() + bank(*other).square().sum()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for each, stepped in ((bank, optimizer), (twin, dense)):
+            stepped.zero_grad()
+            (each(*one).square().sum() + each(*other).square().sum()).backward()
+            stepped.step()
+    optimizer.catch_up_all()
+    for p, q in zip(bank.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.data, q.data, rtol=1e-4, atol=1e-5)
 
 
 def test_a_budget_under_a_cold_temperature_stays_finite() -> None:

@@ -11,9 +11,8 @@ from moesaic.offload import adamw
 from moesaic.offload.bank import OffloadedExperts
 from moesaic.offload.catch_up import AdamW, History
 from moesaic.offload.factors import Factors, merged
-from moesaic.offload.origins import Unchanging
 from moesaic.offload.pool import Pool
-from moesaic.offload.records import ExpertShape, Matrices
+from moesaic.offload.records import ExpertShape, Layout, Matrices
 from moesaic.offload.store import Store
 
 Mode = Literal["exact", "lazy"]
@@ -39,61 +38,21 @@ class Room:
 
 
 class StreamedExperts:
-    """The experts of a model, read out of an origin through one pool and never changed."""
+    """The experts of a model out of one pool, never changed."""
 
-    def __init__(self, records: Unchanging, memory: int, threads: int = 8) -> None:
-        """Raises as ``Pool``."""
-        self.pool = Pool(records, memory, threads)
-        self.layout = records.layout
-        self.shape = self.layout.shape
-        self.chunk, self.experts = _chunk(self.pool), records.experts
-        self.last: list[list[int]] = [[] for _ in range(records.layers)]
+    def __init__(self, pool: Pool, layout: Layout) -> None:
+        self.pool, self.layout, self.shape = pool, layout, layout.shape
+        self.experts = pool.store.experts
+        self.chunk = max(1, min(_CHUNK, pool.slots // 2, _CHUNK_BYTES // pool.store.record))
+        self.last: list[list[int]] = [[] for _ in range(pool.store.layers)]
         self._room = Room(self.shape, self.chunk)
-
-    def close(self) -> None:
-        """Give memory and threads back."""
-        self.pool.close()
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read experts that will be gathered next."""
         self.pool.prefetch(layer, experts)
 
     def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """Matrices as they are stored; good until the next call."""
-        room = self._room.of(len(experts), dtype)
-        slots = self.pool.acquire(layer, experts)
-        try:
-            adamw.gather(self.layout, self.pool.records, slots, [Scalars()] * len(slots), room)
-        finally:
-            self.pool.release(slots)
-        return room
-
-
-class DiskExperts:
-    """All banks of a model, out of one pool. ``history`` holds the steps so far; an expert's stamp in the
-    store's index is the step that its record is as of.
-
-    ``exact``: what dense AdamW would have done to an expert while it was idle is made up for whenever it is
-    read (catch_up.py), so that training equals dense AdamW. ``lazy``: its moments stand still meanwhile, and
-    its own steps are counted. Reading changes no record: only a step does."""
-
-    def __init__(self, pool: Pool, store: Store, constants: AdamW, mode: Mode = "exact") -> None:
-        """``pool`` is one of ``store``."""
-        self.pool, self.store, self.mode = pool, store, mode
-        self.layout = store.options.layout
-        self.shape = self.layout.shape
-        self.chunk, self.experts = _chunk(pool), store.experts
-        self.last: list[list[int]] = [[] for _ in range(store.layers)]
-        self.history = History(constants)
-        self._room = Room(self.shape, self.chunk)
-        self.banks = [OffloadedExperts(self, layer) for layer in range(store.layers)]
-
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        """Begin to read experts that will be gathered next."""
-        self.pool.prefetch(layer, experts)
-
-    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """Matrices as of the last step; good until the next call or update."""
+        """Matrices as they are now; good until the next call, or update."""
         room = self._room.of(len(experts), dtype)
         slots = self.pool.acquire(layer, experts)
         try:
@@ -104,8 +63,28 @@ class DiskExperts:
         return room
 
     def close(self) -> None:
-        """Give files, threads and the lock back; nothing is written."""
+        """Give memory, files, threads and the lock back; nothing is written."""
         self.pool.close()
+
+    def _missed(self, layer: int, expert: int, now: tuple[float, float, int] | None = None) -> Scalars:
+        """What an expert missed since its record was written: nothing."""
+        return Scalars()
+
+
+class DiskExperts(StreamedExperts):
+    """All banks of a model, which train. ``history`` holds the steps so far; an expert's stamp in the
+    store's index is the step that its record is as of.
+
+    ``exact``: what dense AdamW would have done to an expert while it was idle is made up for whenever it is
+    read (catch_up.py), so that training equals dense AdamW. ``lazy``: its moments stand still meanwhile, and
+    its own steps are counted. Reading changes no record: only a step does."""
+
+    def __init__(self, pool: Pool, store: Store, constants: AdamW, mode: Mode = "exact") -> None:
+        """``pool`` is one of ``store``."""
+        super().__init__(pool, store.options.layout)
+        self.store, self.mode = store, mode
+        self.history = History(constants)
+        self.banks = [OffloadedExperts(self, layer) for layer in range(store.layers)]
 
     def take_factors(self) -> list[tuple[int, Factors]]:
         """The gradients of every layer that has any, the last layer first."""
@@ -162,8 +141,3 @@ class DiskExperts:
             scale=scale,
             seed=(step * 1_000_003 + layer) * self.store.options.experts + expert,
         )
-
-
-def _chunk(pool: Pool) -> int:
-    """How many experts to gather at once: so that the next can be read beside them."""
-    return max(1, min(_CHUNK, pool.slots // 2, _CHUNK_BYTES // pool.store.record))

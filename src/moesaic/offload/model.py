@@ -158,7 +158,7 @@ def read_on_disk(folder: Path, said: dict[str, Any], tensors: dict[str, Tensor],
     store.go_back(index, [])
     said = dict(said)
     mode, frozen = said.pop("mode"), said.pop("frozen")
-    experts = DiskExperts(Pool(store, max(memory, 4 * store.record)), store, AdamW(**said), mode)
+    experts = DiskExperts(Pool(store, memory), store, AdamW(**said), mode)
     for bank in experts.banks:
         bank.trains = bank.layer not in frozen
     for rate in tensors["rates"].tolist():

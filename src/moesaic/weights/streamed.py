@@ -11,6 +11,7 @@ from moesaic.offload.bank import OffloadedExperts
 from moesaic.offload.experts import StreamedExperts
 from moesaic.offload.model import check_config, shape_of
 from moesaic.offload.origins import Files, Unchanging
+from moesaic.offload.pool import Pool
 from moesaic.offload.records import Layout
 from moesaic.weights.shards import Shards, Stored
 
@@ -29,7 +30,7 @@ def banks_in_files(files: Files, config: ModelConfig, memory: int) -> list[Offlo
     """Banks that read out of ``files``; ``memory`` bytes hold the experts in use. Raises as ``Pool``."""
     layout = Layout(shape_of(config), "bf16" if str(files.dtype) == "torch.bfloat16" else "fp32", None)
     records = Unchanging(files, layout, len(config.moe_layers), config.experts.count)
-    source = StreamedExperts(records, memory)
+    source = StreamedExperts(Pool(records, memory), layout)
     return [OffloadedExperts(source, layer, trains=False) for layer in range(records.layers)]
 
 
