@@ -19,6 +19,7 @@ from moesaic.model import dispatch as by_torch
 from moesaic.model.dispatch import rows_of, sort_by_expert
 from moesaic.model.experts import ExpertOptions, FFNKind
 from moesaic.model.moe import MoE
+from moesaic.model.norm import RMSNorm
 from moesaic.model.routers import SmartOptions, TopKOptions
 from moesaic.native import library
 from moesaic.native.rows import Stack, outer_products, products, transposed_products
@@ -220,3 +221,35 @@ def test_kernels_are_compiled_once_and_never_loaded_from_where_others_write(tmp_
     kept.parent.chmod(0o777)
     assert state(tmp_path) == "compiled kernels"  # from a folder of its own
     assert kept.read_bytes() == b"not a library"
+
+
+@kernels
+@pytest.mark.parametrize("shape", [(2, 3), (3, 5, 37), (300, 64), (1, 40, 2048)], ids=str)
+@pytest.mark.parametrize(("given", "autocast"), [(FLOATS[0], False), (FLOATS[0], True), (FLOATS[1], True)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_norm_and_its_gradients_are_those_of_its_formula(
+    shape: tuple[int, ...], given: torch.dtype, autocast: bool, threads: int
+) -> None:
+    wanted = torch.bfloat16 if autocast else given
+    x, dy = numbers(*shape).to(given).requires_grad_(), numbers(*shape, seed=2).to(wanted)
+    norm = RMSNorm(shape[-1], eps=1e-3)
+    norm.weight.data = numbers(shape[-1], seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = norm(x)
+        y.backward(dy)
+    finally:
+        torch.set_num_threads(before)
+    exact, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    expected = exact / (exact.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+    expected.backward(dy.double())
+    near = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+    assert x.grad is not None
+    assert norm.weight.grad is not None
+    assert (y.dtype, x.grad.dtype) == (wanted, given)
+    for told, wish in ((y, expected), (x.grad, exact.grad), (norm.weight.grad, weight.grad)):
+        assert wish is not None
+        error = (told.double() - wish).abs().max() / wish.abs().max()
+        assert error < near[told.dtype]

@@ -4,7 +4,7 @@ Shape legend: N tokens, D width, V vocabulary, T tokens of one routing, E expert
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -133,10 +133,7 @@ def entropy_bonus(routings: Sequence[Routing]) -> Tensor:
         raise ValueError("an entropy bonus needs the routing of at least one sparse layer")
     per_layer = []
     for routing in routings:
-        p_TE = _distribution(routing.probs_TE)
-        # A probability that underflows to 0 must not make the gradient NaN (0 / 0 in xlogy's).
-        least = torch.finfo(p_TE.dtype).tiny
-        entropy_T = -(p_TE * p_TE.clamp(min=least).log()).sum(-1)
+        entropy_T: Tensor = _Entropy.apply(routing.distribution_TE)  # type: ignore[no-untyped-call]
         total = entropy_T.sum() if routing.real_T is None else (entropy_T * routing.real_T).sum()
         per_layer.append(-total / _real_tokens(routing))
     return torch.stack(per_layer).mean()
@@ -161,15 +158,30 @@ def convert_z_weight(weight: float, source: ZConvention, target: ZConvention, to
 
 def _load_and_probability(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
     """Wanted choices per expert [E], mean probability [E], number of real tokens []; float32."""
-    p_TE = _distribution(routing.probs_TE)
+    p_TE = routing.distribution_TE
     tokens = _real_tokens(routing)
     total_E = p_TE.sum(0) if routing.real_T is None else (p_TE * routing.real_T[:, None]).sum(0)
     return routing.counts_E(wanted=True).float(), total_E / tokens, tokens
 
 
-def _distribution(probs_TE: Tensor) -> Tensor:
-    """Rows that sum to 1: sigmoid scores are normalised as DeepSeek-V3 does (2412.19437, eq. 19)."""
-    return probs_TE / probs_TE.sum(-1, keepdim=True).clamp(min=1e-20)
+class _Entropy(torch.autograd.Function):
+    """Of each row, in nats, as one autograd node: six passes over rows of thousands of experts, where its
+    operations by themselves make eleven."""
+
+    @staticmethod
+    def forward(ctx: Any, p_TE: Tensor) -> Tensor:
+        # A probability that underflows to 0 must not make the gradient NaN (0 / 0 in xlogy's).
+        log_TE = p_TE.clamp(min=torch.finfo(p_TE.dtype).tiny).log_()
+        ctx.save_for_backward(log_TE)
+        entropy_T: Tensor = -(p_TE * log_TE).sum(-1)
+        return entropy_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_T: Tensor) -> Tensor:
+        (log_TE,) = ctx.saved_tensors
+        d_TE: Tensor = (log_TE + 1).mul_(-d_T[:, None])
+        return d_TE
 
 
 def _real_tokens(routing: Routing) -> Tensor:

@@ -7,6 +7,7 @@ Shape legend: T tokens (batch and positions flattened), E experts, K choices per
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Routing:
             expert choice and padding all show here and nowhere else.
         logits_TE: router logits before noise, bias and softmax, float32. The z-loss reads them.
         probs_TE: the scores in [0, 1] that the router ranked by, float32. Each row of a softmax
-            router sums to 1. The balance loss and the entropy bonus read them.
+            router sums to 1.
         wanted_TK: the choices before capacity was applied, bool. ``keep_TK`` implies it; what it
             holds beyond ``keep_TK`` was dropped.
         real_T: False where the token is padding, bool; None when every token is real.
@@ -41,6 +42,12 @@ class Routing:
     @property
     def num_experts(self) -> int:
         return self.logits_TE.shape[1]
+
+    @cached_property
+    def distribution_TE(self) -> Tensor:
+        """``probs_TE`` with rows that sum to 1: sigmoid scores are normalised as DeepSeek-V3 does (arXiv
+        2412.19437, eq. 19). The balance loss and the entropy bonus read it."""
+        return self.probs_TE / self.probs_TE.sum(-1, keepdim=True).clamp(min=1e-20)
 
     def counts_E(self, *, wanted: bool = False) -> Tensor:
         """How many choices each expert carries out (or, with ``wanted``, was asked for); int64."""

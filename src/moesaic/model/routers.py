@@ -341,8 +341,7 @@ class Smart(Router):
         jitter = self.options.jitter
         if self.training and jitter > 0:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
-        scores_TE = self._products(x_TD) if self.options.keys == "product" else self.linear(x_TD)
-        logits_TE = scores_TE / self.log_temperature.float().exp()
+        logits_TE = self._logits(x_TD)
         probs_TE = logits_TE.softmax(-1)
         if self.training and self.options.budget is not None and self.options.budget < self.num_experts:
             drawn_B = self._drawn(probs_TE.detach(), real_T)
@@ -358,13 +357,15 @@ class Smart(Router):
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         return self.choose(weight_TK, expert_TK, logits_TE, probs_TE, real_T, wanted_TK)
 
-    def _products(self, x_TD: Tensor) -> Tensor:
-        """The sums of both halves' scores, [T, E]: expert i · n2 + j has key i of the first and j of the
-        second."""
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        """[T, E]; of product keys the sums of both halves': expert i · n2 + j has keys i and j."""
+        temperature = self.log_temperature.float().exp()
+        if self.options.keys == "full":
+            return self.linear(x_TD) / temperature
         first, _ = product_keys(self.num_experts)
         half = self.weight.shape[1]
-        one_TI = F.linear(x_TD[:, :half], self.weight[:first].float())
-        two_TJ = F.linear(x_TD[:, half : 2 * half], self.weight[first:].float())
+        one_TI = F.linear(x_TD[:, :half], self.weight[:first].float()) / temperature
+        two_TJ = F.linear(x_TD[:, half : 2 * half], self.weight[first:].float()) / temperature
         return (one_TI[:, :, None] + two_TJ[:, None, :]).flatten(1)
 
     def _drawn(self, probs_TE: Tensor, real_T: Tensor | None) -> Tensor:

@@ -50,15 +50,20 @@ class Factors:
         group.outer_products(self.dy_RD, self.a_RH, down)
 
     def squared_norm(self) -> float:
-        """The sum of squares of all gradients: that of dz^T x is the sum of (x x^T) * (dz dz^T)."""
+        """The sum of squares of all gradients. That of dz^T x is the sum of (x x^T) * (dz dz^T), which needs
+        no gradient; one of many rows is made all the same, as the update makes it, for that is less work."""
         count_R = torch.tensor(self.counts).repeat_interleave(torch.tensor(self.counts))
         total = torch.zeros((), dtype=torch.float64)
         for count in sorted(set(self.counts)):  # experts of as many rows at once
             mine_R = (count_R == count).nonzero()[:, 0]
-            for left, right in ((self.x_RD, self.dz_RG), (self.a_RH, self.dy_RD)):
-                stacks = (t[mine_R].float().unflatten(0, (-1, count)) for t in (left, right))
-                one, other = (torch.bmm(rows, rows.mT) for rows in stacks)
-                total += (one * other).sum(dtype=torch.float64)
+            for left, right in ((self.dz_RG, self.x_RD), (self.dy_RD, self.a_RH)):
+                one, other = (t[mine_R].unflatten(0, (-1, count)) for t in (left, right))
+                if count * (one.shape[2] + other.shape[2]) > one.shape[2] * other.shape[2]:
+                    norm = torch.linalg.vector_norm(torch.bmm(one.mT, other), dtype=torch.float32)
+                    total += norm.double().square()
+                else:
+                    grams = (torch.bmm(rows, rows.mT) for rows in (one.float(), other.float()))
+                    total += torch.mul(*grams).sum(dtype=torch.float64)
         return float(total)
 
 
