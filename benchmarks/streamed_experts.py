@@ -43,11 +43,14 @@ class Mapped:
 
     def __init__(self, files: Files, shape: Any, experts: int) -> None:
         self.files, self.shape, self.experts, self.chunk = files, shape, experts, 8
+        self.kept = 0
         self.maps = [np.memmap(path, np.uint8, "r") for path, _ in files.files]
         self.room = Room(shape, self.chunk)
         self.last: list[list[int]] = [[] for _ in files.file_LEN]
 
-    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
+    def gather(
+        self, layer: int, experts: Sequence[int], dtype: torch.dtype, *, keep: bool = False
+    ) -> Matrices:
         first, down = self.room.of(len(experts), dtype)
         for n, expert in enumerate(experts):
             to = [first[n].flatten(), down[n].flatten()]

@@ -107,6 +107,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.tied = config.tied
         self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
         self.embed_positions: nn.Embedding | None = None
         if config.position == "learned":
@@ -135,6 +136,9 @@ class Decoder(nn.Module):
             position_BT = torch.arange(start, start + T, device=ids_BT.device)[None]
         else:  # a padded row's first real token is its position 0
             position_BT = (real_BS.cumsum(1) - 1).clamp(min=0)[:, start:]
+        # Beside a head's gradient, to which it is added, a sparse one saves two tensors of the vocabulary's
+        # size; on CUDA it would be added up in any order.
+        self.embed_tokens.sparse = self.tied and self.training and ids_BT.device.type == "cpu"
         x_BTD = self.embed_tokens(ids_BT)
         if torch.is_autocast_enabled(x_BTD.device.type):  # products are rounded then, their sum is not
             x_BTD = x_BTD.float()

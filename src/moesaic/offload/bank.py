@@ -30,12 +30,15 @@ class Source(Protocol):
 
     shape: ExpertShape
     chunk: int  # experts to gather at once
+    kept: int  # experts of a layer whose matrices may be held until its backward pass
     experts: int  # of a layer
     last: list[list[int]]  # of each layer, the chunk that its forward pass ended with
 
-    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
+    def gather(
+        self, layer: int, experts: Sequence[int], dtype: torch.dtype, *, keep: bool = False
+    ) -> Matrices:
         """Matrices of ``chunk`` experts at most as they are now, float32 or bfloat16; good until the next
-        call, which writes over them."""
+        call, which writes over them, or with ``keep`` for as long as they are held."""
         ...
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -122,9 +125,11 @@ class _Offloaded(torch.autograd.Function):
         shape, R = bank.source.shape, len(dispatch.order_R)
         z_RG, y_RD = x_TD.new_empty(R, shape.inner), x_TD.new_empty(R, shape.width)
         weight_R1 = dispatch.weight_R(weight_TK).to(x_TD.dtype)[:, None]
-        chunks = list(_chunks(dispatch, bank.source.chunk))
+        chunks, kept = list(_chunks(dispatch, bank.source.chunk)), []
+        keep = any(ctx.needs_input_grad) and len(dispatch.rows.hit) <= bank.source.kept
         for number, (experts, counts, rows) in enumerate(chunks):
-            first, down = bank.source.gather(bank.layer, experts, x_TD.dtype)
+            first, down = bank.source.gather(bank.layer, experts, x_TD.dtype, keep=keep)
+            kept += [(first, down)] * keep
             if number + 1 < len(chunks):
                 bank.source.prefetch(bank.layer, chunks[number + 1][0])
             group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device)
@@ -135,7 +140,7 @@ class _Offloaded(torch.autograd.Function):
             group.products(a, down.mT, None, y_RD[rows]).mul_(weight_R1[rows])
         bank.source.last[bank.layer] = chunks[-1][0] if chunks else []
         ctx.save_for_backward(x_TD, weight_TK, z_RG)
-        ctx.dispatch, ctx.bank, ctx.chunks, ctx.learn = dispatch, bank, chunks, learn
+        ctx.dispatch, ctx.bank, ctx.chunks, ctx.learn, ctx.kept = dispatch, bank, chunks, learn, kept
         return dispatch.combine(y_RD)
 
     @staticmethod
@@ -150,7 +155,7 @@ class _Offloaded(torch.autograd.Function):
         dz_RG, a_RH = torch.empty_like(z_RG), x_TD.new_empty(R, shape.hidden)
         dy_RD = dy_TD.to(x_TD.dtype).index_select(0, dispatch.token_R)
         for number, (experts, counts, rows) in reversed(list(enumerate(chunks))):
-            first, down = bank.source.gather(bank.layer, experts, x_TD.dtype)
+            first, down = ctx.kept.pop() if ctx.kept else bank.source.gather(bank.layer, experts, x_TD.dtype)
             if number:
                 bank.source.prefetch(bank.layer, chunks[number - 1][0])
             elif bank.layer:  # the layer below is the next to want its experts

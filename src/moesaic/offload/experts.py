@@ -18,6 +18,7 @@ from moesaic.offload.store import Store
 Mode = Literal["exact", "lazy"]
 # Experts at once, enough for a batched product, and bytes of their weights, for large ones.
 _CHUNK, _CHUNK_BYTES = 32, 2**27
+_KEPT_BYTES = 2**28  # of float32 matrices of all layers that wait for their backward pass
 
 
 class Room:
@@ -44,6 +45,7 @@ class StreamedExperts:
         self.pool, self.layout, self.shape = pool, layout, layout.shape
         self.experts = pool.store.experts
         self.chunk = max(1, min(_CHUNK, pool.slots // 2, _CHUNK_BYTES // pool.store.record))
+        self.kept = _KEPT_BYTES // (4 * self.shape.parameters * pool.store.layers)
         self.last: list[list[int]] = [[] for _ in range(pool.store.layers)]
         self._room = Room(self.shape, self.chunk)
 
@@ -51,9 +53,11 @@ class StreamedExperts:
         """Begin to read experts that will be gathered next."""
         self.pool.prefetch(layer, experts)
 
-    def gather(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Matrices:
-        """Matrices as they are now; good until the next call, or update."""
-        room = self._room.of(len(experts), dtype)
+    def gather(
+        self, layer: int, experts: Sequence[int], dtype: torch.dtype, *, keep: bool = False
+    ) -> Matrices:
+        """Matrices as they are now; good until the next call, or update, or with ``keep`` for ever."""
+        room = self.shape.stacks(len(experts), dtype) if keep else self._room.of(len(experts), dtype)
         slots = self.pool.acquire(layer, experts)
         try:
             scalars = [self._missed(layer, expert) for expert in experts]
@@ -102,6 +106,7 @@ class DiskExperts(StreamedExperts):
                 self.pool.prefetch(layer, factors.experts[following : following + self.chunk])
             updated += len(factors.experts)
         self.history.add(rate)
+        self.pool.write_ahead()
         return updated
 
     def _update(self, layer: int, part: Factors, rate: float, scale: float) -> None:

@@ -52,19 +52,16 @@ class Factors:
     def squared_norm(self) -> float:
         """The sum of squares of all gradients. That of dz^T x is the sum of (x x^T) * (dz dz^T), which needs
         no gradient; one of many rows is made all the same, as the update makes it, for that is less work."""
-        count_R = torch.tensor(self.counts).repeat_interleave(torch.tensor(self.counts))
-        total = torch.zeros((), dtype=torch.float64)
-        for count in sorted(set(self.counts)):  # experts of as many rows at once
-            mine_R = (count_R == count).nonzero()[:, 0]
-            for left, right in ((self.dz_RG, self.x_RD), (self.dy_RD, self.a_RH)):
-                one, other = (t[mine_R].unflatten(0, (-1, count)) for t in (left, right))
-                if count * (one.shape[2] + other.shape[2]) > one.shape[2] * other.shape[2]:
-                    norm = torch.linalg.vector_norm(torch.bmm(one.mT, other), dtype=torch.float32)
-                    total += norm.double().square()
+        total = 0.0
+        parts = (t.split(self.counts) for t in (self.dz_RG, self.x_RD, self.dy_RD, self.a_RH))
+        for dz, x, dy, a in zip(*parts, strict=True):
+            for left, right in ((dz, x), (dy, a)):
+                if len(left) * (left.shape[1] + right.shape[1]) > left.shape[1] * right.shape[1]:
+                    total += float(torch.linalg.vector_norm(left.mT @ right, dtype=torch.float32)) ** 2
                 else:
-                    grams = (torch.bmm(rows, rows.mT) for rows in (one.float(), other.float()))
-                    total += torch.mul(*grams).sum(dtype=torch.float64)
-        return float(total)
+                    one, other = left.float(), right.float()
+                    total += float(torch.vdot((one @ one.mT).flatten(), (other @ other.mT).flatten()))
+        return total
 
 
 def merged(parts: Sequence[Factors]) -> Factors:

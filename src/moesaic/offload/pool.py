@@ -74,6 +74,8 @@ class Pool:
         self._threads = ThreadPoolExecutor(threads, "experts")
         self._filling: dict[int, Future[None]] = {}
         self._writing: dict[Key, Future[None]] = {}  # by who is being written
+        self._ahead: dict[int, Future[None]] = {}  # slots that are written while they are still held
+        self._read_before = 0  # when ``write_ahead`` was last called
         self.reads = self.writes = self.hits = 0  # records; hits: those that were here already
 
     def acquire(self, layer: int, experts: Sequence[int]) -> list[int]:
@@ -83,6 +85,7 @@ class Pool:
         try:
             for slot in slots:
                 self._finish(slot)
+                self._end_ahead(slot)
         except BaseException:
             self.release(slots)
             raise
@@ -102,6 +105,18 @@ class Pool:
     def change(self, slots: Sequence[int]) -> None:
         """Say that what these slots hold was changed: it is written before they are taken."""
         self._dirty_S[list(slots)] = True
+
+    def write_ahead(self) -> None:
+        """Begin to write what will leave next and was changed, as much as was read since the last call, so
+        that reading into its slots need not wait for it. Raises ResourceError."""
+        leaving = min(self.reads - self._read_before, self.slots - int(self._busy_S.sum()))
+        self._read_before = self.reads
+        for slot in self._victims(leaving, []):
+            if self._dirty_S[slot]:
+                self._end_ahead(slot)
+                self._dirty_S[slot] = False
+                self._ahead[slot] = self._threads.submit(self.store.write, *self._to_write(slot))
+                self.writes += 1
 
     @property
     def memory(self) -> int:
@@ -158,10 +173,11 @@ class Pool:
         """Begin to write what a slot holds, if that was changed, and then to read another expert into it."""
         with suppress(CheckpointError):  # that of an expert which nobody wants any more
             self._finish(slot)
+        self._end_ahead(slot)
         old, dirty = self._key[slot], bool(self._dirty_S[slot])
+        job = self._to_write(slot) if dirty else None
         if old != FREE:
             del self._slot[old]
-        place = self.store.place_for(*old) if dirty else -1
         self._slot[key], self._key[slot] = slot, key
         self._busy_S[slot], self._dirty_S[slot], self._uses_S[slot] = True, False, 0.0
         self.reads += 1
@@ -169,8 +185,8 @@ class Pool:
         # What is in the slot is written first, and so is the expert, if it is on its way out of another.
         # Whoever is waited for was handed to the threads before, so that this ends with a single one too.
         before = [self._writing[key]] if key in self._writing else []
-        if dirty:
-            self._writing[old] = self._threads.submit(self.store.write, *old, place, self._bytes(slot))
+        if job is not None:
+            self._writing[old] = self._threads.submit(self.store.write, *job)
             before.append(self._writing[old])
         self._filling[slot] = self._threads.submit(self._fill, slot, key, before)
 
@@ -193,18 +209,26 @@ class Pool:
         finally:
             self._writing = {key: write for key, write in self._writing.items() if not write.done()}
 
+    def _end_ahead(self, slot: int) -> None:
+        """Wait until a slot that is written ahead has been; one that could not be stays changed."""
+        future = self._ahead.pop(slot, None)
+        if future is not None:
+            try:
+                future.result()
+            except BaseException:
+                self._dirty_S[slot] = True
+                raise
+
     def write_back(self) -> None:
         """Write everything that was changed, and have it be on the disk. Raises ResourceError."""
         for slot in list(self._filling):
             self._finish(slot)
+        for slot in list(self._ahead):
+            self._end_ahead(slot)
         dirty = [int(slot) for slot in np.flatnonzero(self._dirty_S)]
-        places = [self.store.place_for(*self._key[slot]) for slot in dirty]
-        jobs = [
-            self._threads.submit(self.store.write, *self._key[slot], place, self._bytes(slot))
-            for slot, place in zip(dirty, places, strict=True)
-        ]
-        for job in jobs:
-            job.result()
+        jobs = [self._to_write(slot) for slot in dirty]  # all places first: for these there may be no room
+        for written in [self._threads.submit(self.store.write, *job) for job in jobs]:
+            written.result()
         self._dirty_S[dirty] = False
         self.writes += len(dirty)
         self.store.flush()
@@ -214,11 +238,19 @@ class Pool:
         for slot in list(self._filling):
             with suppress(CheckpointError):
                 self._finish(slot)
+        for slot in list(self._ahead):
+            with suppress(ResourceError):
+                self._end_ahead(slot)
         self._slot.clear()
         self._key = [FREE] * self.slots
         self._dirty_S[:] = False
         self._busy_S[:] = False
         self._uses_S[:] = 0
+
+    def _to_write(self, slot: int) -> tuple[int, int, int, memoryview]:
+        """What the store's ``write`` is told to write a slot. Raises ResourceError where it has no room."""
+        layer, expert = self._key[slot]
+        return layer, expert, self.store.place_for(layer, expert), self._bytes(slot)
 
     def _bytes(self, slot: int) -> memoryview:
         return self._view[slot * self.store.record : (slot + 1) * self.store.record]
