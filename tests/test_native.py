@@ -6,6 +6,7 @@ Shape legend: T tokens, R rows, E experts, K choices, O outputs, I inputs.
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +23,8 @@ from moesaic.model.moe import MoE
 from moesaic.model.norm import RMSNorm
 from moesaic.model.routers import SmartOptions, TopKOptions
 from moesaic.native import library
+from moesaic.native.checksum import crc32
+from moesaic.native.grams import squared_norms
 from moesaic.native.rows import Stack, outer_products, products, transposed_products
 from moesaic.routing import Routing
 
@@ -253,3 +256,23 @@ def test_the_norm_and_its_gradients_are_those_of_its_formula(
         assert wish is not None
         error = (told.double() - wish).abs().max() / wish.abs().max()
         assert error < near[told.dtype]
+
+
+@kernels
+@pytest.mark.parametrize("counts_E", [*COUNTS, [40, 0, 7]], ids=str)
+@pytest.mark.parametrize(("I", "J"), SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_squared_norms_are_those_of_the_products(
+    counts_E: list[int], I: int, J: int, dtype: torch.dtype
+) -> None:
+    left, right = numbers(sum(counts_E), I).to(dtype), numbers(sum(counts_E), J, seed=1).to(dtype)
+    parts = zip(left.double().split(counts_E), right.double().split(counts_E), strict=True)
+    expected = sum(float((one.T @ other).square().sum()) for one, other in parts)
+    assert squared_norms(left, right, list(accumulate(counts_E))) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 79, 80, 127, 128, 4096, 100_003])
+def test_checksums_are_those_of_zlib(size: int) -> None:
+    data = numbers(size + 3).mul(100).to(torch.uint8).numpy().tobytes()
+    for start in (0, 3):  # aligned and not
+        assert crc32(memoryview(data)[start : start + size]) == zlib.crc32(data[start : start + size])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.model.grouped import Group
+from moesaic.native import grams, library
 from moesaic.offload.records import Matrices
 
 
@@ -50,18 +51,20 @@ class Factors:
         group.outer_products(self.dy_RD, self.a_RH, down)
 
     def squared_norm(self) -> float:
-        """The sum of squares of all gradients. That of dz^T x is the sum of (x x^T) * (dz dz^T), which needs
-        no gradient; one of many rows is made all the same, as the update makes it, for that is less work."""
-        total = 0.0
-        parts = (t.split(self.counts) for t in (self.dz_RG, self.x_RD, self.dy_RD, self.a_RH))
-        for dz, x, dy, a in zip(*parts, strict=True):
-            for left, right in ((dz, x), (dy, a)):
-                if len(left) * (left.shape[1] + right.shape[1]) > left.shape[1] * right.shape[1]:
-                    total += float(torch.linalg.vector_norm(left.mT @ right, dtype=torch.float32)) ** 2
-                else:
-                    one, other = left.float(), right.float()
-                    total += float(torch.vdot((one @ one.mT).flatten(), (other @ other.mT).flatten()))
-        return total
+        """The sum of squares of all gradients, none of which is made for it: that of dz^T x is the sum of
+        (x x^T) * (dz dz^T)."""
+        pairs = ((self.dz_RG, self.x_RD), (self.dy_RD, self.a_RH))
+        if library.available():
+            ends = list(accumulate(self.counts))
+            return sum(grams.squared_norms(left, right, ends) for left, right in pairs)
+        total = torch.zeros((), dtype=torch.float64)
+        for left_R, right_R in pairs:
+            for parts in zip(
+                left_R.float().split(self.counts), right_R.float().split(self.counts), strict=True
+            ):
+                one, other = (rows @ rows.mT for rows in parts)
+                total += (one * other).sum(dtype=torch.float64)
+        return float(total)
 
 
 def merged(parts: Sequence[Factors]) -> Factors:

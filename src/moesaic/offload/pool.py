@@ -75,7 +75,7 @@ class Pool:
         self._filling: dict[int, Future[None]] = {}
         self._writing: dict[Key, Future[None]] = {}  # by who is being written
         self._ahead: dict[int, Future[None]] = {}  # slots that are written while they are still held
-        self._read_before = 0  # when ``write_ahead`` was last called
+        self._left = 0  # slots since ``write_ahead`` was last called
         self.reads = self.writes = self.hits = 0  # records; hits: those that were here already
 
     def acquire(self, layer: int, experts: Sequence[int]) -> list[int]:
@@ -107,10 +107,10 @@ class Pool:
         self._dirty_S[list(slots)] = True
 
     def write_ahead(self) -> None:
-        """Begin to write what will leave next and was changed, as much as was read since the last call, so
+        """Begin to write what will leave next and was changed, as much as has left since the last call, so
         that reading into its slots need not wait for it. Raises ResourceError."""
-        leaving = min(self.reads - self._read_before, self.slots - int(self._busy_S.sum()))
-        self._read_before = self.reads
+        leaving = min(self._left, self.slots - int(self._busy_S.sum()))
+        self._left = 0
         for slot in self._victims(leaving, []):
             if self._dirty_S[slot]:
                 self._end_ahead(slot)
@@ -177,6 +177,7 @@ class Pool:
         old, dirty = self._key[slot], bool(self._dirty_S[slot])
         job = self._to_write(slot) if dirty else None
         if old != FREE:
+            self._left += 1
             del self._slot[old]
         self._slot[key], self._key[slot] = slot, key
         self._busy_S[slot], self._dirty_S[slot], self._uses_S[slot] = True, False, 0.0

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch import Tensor
 from moesaic.errors import CheckpointError, MoesaicError, RecipeError
 from moesaic.files import explain, explained, human_size, sync_directory, write_atomic
 from moesaic.model.experts import FFNKind
+from moesaic.native.checksum import crc32
 from moesaic.offload.origins import Origin, origin_of
 from moesaic.offload.records import ExpertShape, Layout
 
@@ -185,7 +185,7 @@ class Store:
                 f"{self.folder / 'records.bin'}: expert {expert} of layer {layer} cannot be read "
                 f"({error.strerror})"
             ) from None
-        if read != self.record or zlib.crc32(into) != self.index.checksum[layer, expert]:
+        if read != self.record or crc32(into) != self.index.checksum[layer, expert]:
             what = "is cut off" if read != self.record else "is damaged: its checksum differs"
             mend = "go back to an older checkpoint, or restore the file from a copy"
             if self._lock is None:
@@ -223,7 +223,7 @@ class Store:
             raise self._failed(error) from None
         if written != self.record:
             raise self._failed(OSError(errno.ENOSPC, "no space"))
-        self.index.checksum[layer, expert] = zlib.crc32(data)
+        self.index.checksum[layer, expert] = crc32(data)
 
     def _grow(self) -> None:
         """Reserve room for more records: a write into a hole could fail half-way through a step."""
