@@ -276,3 +276,24 @@ def test_checksums_are_those_of_zlib(size: int) -> None:
     data = numbers(size + 3).mul(100).to(torch.uint8).numpy().tobytes()
     for start in (0, 3):  # aligned and not
         assert crc32(memoryview(data)[start : start + size]) == zlib.crc32(data[start : start + size])
+
+
+@kernels
+def test_threads_that_read_have_no_teams_of_threads() -> None:
+    code = """
+import os, torch
+from concurrent.futures import ThreadPoolExecutor
+from moesaic.native.threads import compute_alone
+torch.ones(2**22).add_(1)
+before, known = len(os.listdir("/proc/self/task")), torch.get_num_threads()
+with ThreadPoolExecutor(1, initializer=compute_alone) as threads:
+    threads.submit(torch.ones(2**22).add_, 1).result()
+    print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads() == known)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["1", "True"], done.stderr

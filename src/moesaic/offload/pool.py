@@ -17,6 +17,7 @@ import torch
 
 from moesaic.errors import CheckpointError, RecipeError, ResourceError
 from moesaic.files import human_size
+from moesaic.native.threads import compute_alone
 
 Key = tuple[int, int]  # layer, expert
 _FADE = 0.5  # a count is halved after every step of as many uses as there are slots
@@ -71,7 +72,7 @@ class Pool:
         self._dirty_S = np.zeros(self.slots, bool)
         self._busy_S = np.zeros(self.slots, bool)  # in use by what is being computed, or being filled
         self._clock = self._since_fade = 0
-        self._threads = ThreadPoolExecutor(threads, "experts")
+        self._threads = ThreadPoolExecutor(threads, "experts", initializer=compute_alone)
         self._filling: dict[int, Future[None]] = {}
         self._writing: dict[Key, Future[None]] = {}  # by who is being written
         self._ahead: dict[int, Future[None]] = {}  # slots that are written while they are still held
