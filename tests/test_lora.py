@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import moesaic
 from moesaic.errors import RecipeError, Stopped
 from moesaic.export import export_model
+from moesaic.model.dispatch import Layer
 from moesaic.model.experts import ExpertOptions, Experts, FFNKind
 from moesaic.model.grouped import Group
 from moesaic.model.lora import LoRAOptions, add_lora, merge_lora
@@ -75,7 +76,7 @@ def test_groups_of_experts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     bank, x = adapted("swiglu", False, ["*"]).mlp.experts, some_rows(10)
     whole = through(bank, x, [3, 1, 4, 2])
     monkeypatch.setattr(grouped, "_GROUP_BYTES", 1)
-    assert isinstance(next(iter(grouped.groups([3, 1], 5, x))), Group)
+    assert isinstance(next(iter(grouped.groups([3, 1], Layer.of([3, 1]), 5, x))), Group)
     torch.testing.assert_close(through(bank, x, [3, 1, 4, 2]), whole)
 
 

@@ -44,6 +44,10 @@ class Dispatch:
         """Whose rows they are, without the experts that have none."""
         return rows_of(self.counts_E)
 
+    @cached_property
+    def layer(self) -> "Layer":
+        return Layer.of(self.counts_E, self.rows)
+
     def weight_R(self, weight_TK: Tensor) -> Tensor:
         """The weight of each row, zero for fillers."""
         weight_N1 = torch.cat([weight_TK.flatten(), weight_TK.new_zeros(1)])
@@ -63,6 +67,19 @@ class Dispatch:
             # One more row, of zeros, stands for a choice that was not kept.
             rows_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])
         return F.embedding_bag(self.place_TK, rows_RD, mode="sum")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """All rows of a layer. ``equal``: each of its experts has as many."""
+
+    rows: Rows
+    equal: bool
+
+    @classmethod
+    def of(cls, counts_E: list[int], rows: Rows | None = None) -> "Layer":
+        equal = min(counts_E, default=0) == max(counts_E, default=0) > 0
+        return cls(rows_of(counts_E) if rows is None else rows, equal)
 
 
 def rows_of(counts_E: list[int]) -> Rows:

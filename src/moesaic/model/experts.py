@@ -207,7 +207,7 @@ class _ExpertFFN(torch.autograd.Function):
         R = len(dispatch.order_R)
         z_RG, y_RD = x_TD.new_empty(R, first_EGD.shape[1]), x_TD.new_empty(R, x_TD.shape[1])
         weight_R1 = dispatch.weight_R(weight_TK).to(x_TD.dtype)[:, None]
-        for group in groups(dispatch.counts_E, x_TD.shape[1] + 2 * z_RG.shape[1], x_TD):
+        for group in groups(dispatch.counts_E, dispatch.layer, x_TD.shape[1] + 2 * z_RG.shape[1], x_TD):
             rows = group.rows
             x = x_TD.index_select(0, dispatch.token_R[rows])
             z = group.products(x, first_EGD.mT, up_bias_EG, z_RG[rows])
@@ -245,7 +245,7 @@ class _ExpertFFN(torch.autograd.Function):
         d_down = torch.empty_like(down_EDH) if need_down else None
         d_up_bias = first_EGD.new_zeros(first_EGD.shape[:2]) if need_up_bias else None
         d_down_bias = down_EDH.new_zeros(down_EDH.shape[:2]) if need_down_bias else None
-        for group in groups(dispatch.counts_E, 3 * x_TD.shape[1] + 3 * z_RG.shape[1], x_TD):
+        for group in groups(dispatch.counts_E, dispatch.layer, 3 * x_TD.shape[1] + 3 * z_RG.shape[1], x_TD):
             rows = group.rows
             z, weight_1 = z_RG[rows], weight_R1[rows]
             dy = dy_TD.index_select(0, dispatch.token_R[rows])

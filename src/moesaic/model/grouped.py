@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.machine import prefers_onednn
-from moesaic.model.dispatch import rows_of
+from moesaic.model.dispatch import Layer, rows_of
 from moesaic.native import rows as few_rows
 
 # What one group's rows may take between its products: enough experts to keep operators few, few enough for
@@ -50,13 +50,13 @@ def fill(counts_E: list[int], matrix: int, dtype: torch.dtype) -> list[int]:
     return counts_E
 
 
-def groups(counts_E: list[int], columns: int, like: Tensor) -> Iterator["Group"]:
+def groups(counts_E: list[int], layer: Layer, columns: int, like: Tensor) -> Iterator["Group"]:
     """Neighbouring experts whose rows, ``columns`` numbers each of the dtype of ``like``, fit the cache
     together; each expert belongs to one group, one without rows too."""
     limit = _GROUP_BYTES // (columns * like.element_size())
     total = sum(counts_E)
     if like.device.type == "cuda" or total <= limit:
-        yield Group(slice(0, len(counts_E)), slice(0, total), counts_E, like.device)
+        yield Group(slice(0, len(counts_E)), slice(0, total), counts_E, like.device, layer)
         return
     start = row = 0
     while start < len(counts_E):
@@ -64,18 +64,21 @@ def groups(counts_E: list[int], columns: int, like: Tensor) -> Iterator["Group"]
         while end < len(counts_E) and rows + counts_E[end] <= limit:
             rows += counts_E[end]
             end += 1
-        yield Group(slice(start, end), slice(row, row + rows), counts_E[start:end], like.device)
+        yield Group(slice(start, end), slice(row, row + rows), counts_E[start:end], like.device, layer)
         start, row = end, row + rows
 
 
 @dataclass(frozen=True)
 class Group:
-    """Experts ``experts`` of a bank, which work on the rows ``rows``, ``counts`` of each."""
+    """Experts ``experts`` of a bank, which work on the rows ``rows``, ``counts`` of each, out of all rows of
+    ``layer``: by these it is decided how float32 products are made, so that the same bits come out however
+    experts are grouped."""
 
     experts: slice
     rows: slice
     counts: list[int]
     device: torch.device
+    layer: Layer
 
     def products(
         self, x_rI: Tensor, stack_EIO: Tensor, bias_EO: Tensor | None = None, out_rO: Tensor | None = None
@@ -88,13 +91,14 @@ class Group:
         if self._grouped(x_rI, stack):
             out_rO.copy_(F.grouped_mm(x_rI, stack, offs=self._offsets()))
             return out_rO if bias_EO is None else out_rO.add_(self.spread(bias_EO))
-        if self._rows.few(stack.mT):
+        few, equal = self.layer.rows.few, self._equal(x_rI.dtype)
+        if few(stack.mT):
             out_rO.copy_(few_rows.products(x_rI, few_rows.Stack(stack.mT, bias), self._rows))
-        elif bias is None and self._rows.few(stack):
+        elif bias is None and few(stack):
             out_rO.copy_(few_rows.transposed_products(x_rI, stack, self._rows))
-        elif self._equal and bias is None:
+        elif equal and bias is None:
             torch.bmm(self._slab(x_rI), stack, out=self._slab(out_rO))
-        elif self._equal and bias is not None:
+        elif equal and bias is not None:
             torch.baddbmm(bias[:, None], self._slab(x_rI), stack, out=self._slab(out_rO))
         elif bias is None:
             onednn = x_rI.dtype == torch.float32 and stack[0].numel() >= _LARGE and prefers_onednn()
@@ -119,10 +123,10 @@ class Group:
                 if not count:  # what is written for an empty group differs between versions and devices
                     grad[expert].zero_()
             return
-        if self._rows.few(grad):
+        if self.layer.rows.few(grad):
             few_rows.outer_products(dy_rO, x_rI, grad, list(accumulate(self.counts)))
             return
-        if self._equal:
+        if self._equal(dy_rO.dtype):
             torch.bmm(self._slab(dy_rO).mT, self._slab(x_rI), out=grad)
             return
         for expert, count in enumerate(self.counts):
@@ -134,7 +138,7 @@ class Group:
     def sums(self, dy_rO: Tensor, grad_EO: Tensor) -> None:
         """Write each expert's sum of rows into its slice of ``grad_EO``, which is zero before."""
         grad = grad_EO[self.experts]
-        if self._equal:
+        if self._equal(dy_rO.dtype):
             torch.sum(self._slab(dy_rO), dim=1, out=grad)
             return
         for total, part in zip(self._used(grad), self._parts(dy_rO), strict=True):
@@ -153,9 +157,9 @@ class Group:
     def _sizes(self) -> list[int]:
         return [self.counts[e] for e in self._rows.hit]
 
-    @cached_property
-    def _equal(self) -> bool:
-        return len(self.counts) > 1 and min(self.counts) == max(self.counts) > 0
+    def _equal(self, dtype: torch.dtype) -> bool:
+        alike = len(self.counts) > 1 and min(self.counts) == max(self.counts) > 0
+        return alike and (self.layer.equal or dtype != torch.float32)
 
     def _slab(self, x_rI: Tensor) -> Tensor:
         return x_rI.view(len(self.counts), -1, x_rI.shape[1])

@@ -27,8 +27,8 @@ class Scalars:
     second: float = 1.0
     pushes: Sequence[tuple[float, float]] = ()
     decay: float = 1.0
-    beta1: float = 0.0
-    beta2: float = 0.0
+    beta1: float = 1.0
+    beta2: float = 1.0
     eps: float = 1.0
     rate: float = 0.0  # over the first moment's correction
     root: float = 1.0  # of the second moment's correction

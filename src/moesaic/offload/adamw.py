@@ -1,4 +1,4 @@
-"""AdamW on the records of experts: by the kernels of native/adamw.cpp, or the same by PyTorch.
+"""AdamW on experts, in records or as rows in memory: by the kernels of native/adamw.cpp, or by PyTorch.
 
 Shape legend: S slots, B bytes of a record, U experts at work, P parameters of an expert.
 """
@@ -44,14 +44,35 @@ def update(
     records = records_SB[where]
     p, m, v = _read(layout, records)
     gradient_UP = torch.cat([part.flatten(1) for part in gradients], dim=1).float()
-    for n, one in enumerate(scalars):
-        _catch_up(p[n], m[n], v[n], one)
-        step(p[n], m[n], v[n], gradient_UP[n], one)
+    _update(p, m, v, gradient_UP, scalars)
     if layout.weights == "bf16":
         p = torch.stack([rounded_to_bf16(p[n], one.seed) for n, one in enumerate(scalars)])
     layout.weights_of(records).copy_(p)
     layout.write_moments(records, m, v)
     records_SB[where] = records
+
+
+def update_rows(
+    p_UP: Tensor, m_UP: Tensor, v_UP: Tensor, gradient_UP: Tensor, scalars: Sequence[Scalars]
+) -> None:
+    """The same for weights and moments as rows of one dtype, in place."""
+    if p_UP.device.type != "cpu" or p_UP.dtype != torch.float32 or not library.available():
+        _update(p_UP, m_UP, v_UP, gradient_UP, scalars)
+        return
+    U, P = p_UP.shape
+    records = torch.cat([p_UP, m_UP, v_UP], dim=1)
+    whole = gradient_UP.contiguous(), gradient_UP.new_empty(U, 0)
+    adamw.update(records.view(torch.uint8), range(U), ("fp32", "fp32"), scalars, whole)
+    for to, part in zip((p_UP, m_UP, v_UP), records.split(P, dim=1), strict=True):
+        to.copy_(part)
+
+
+def _update(
+    p_UP: Tensor, m_UP: Tensor, v_UP: Tensor, gradient_UP: Tensor, scalars: Sequence[Scalars]
+) -> None:
+    for n, one in enumerate(scalars):
+        _catch_up(p_UP[n], m_UP[n], v_UP[n], one)
+        step(p_UP[n], m_UP[n], v_UP[n], gradient_UP[n], one)
 
 
 def step(p: Tensor, m: Tensor, v: Tensor, gradient: Tensor, by: Scalars) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moesaic.errors import RecipeError
 from moesaic.model.dispatch import Dispatch, rows_of
 from moesaic.model.experts import FFNKind, activate, activate_backward
-from moesaic.model.grouped import Group
+from moesaic.model.grouped import Group, fill
 from moesaic.native.rows import Stack
 from moesaic.native.rows import experts as few_experts
 from moesaic.offload.factors import Factors
@@ -61,10 +61,11 @@ class OffloadedExperts(nn.Module):
         self.trains = trains
 
     def fill(self, counts_E: list[int], device: torch.device) -> list[int]:
-        """How many rows the caller should lay out for each expert: in bfloat16 a multiple of 16, unless they
-        are few. oneDNN compiles a kernel for every number of rows that it meets, half a millisecond each."""
+        """How many rows the caller should lay out for each expert. In float32 as many as a bank in memory
+        would; in bfloat16 a multiple of 16, unless they are few: oneDNN compiles a kernel for every number of
+        rows that it meets, half a millisecond each."""
         if not torch.is_autocast_enabled("cpu"):
-            return counts_E
+            return fill(counts_E, self.source.shape.hidden * self.source.shape.width, torch.float32)
         return [count if count <= _FEW else -(-count // _FILLED) * _FILLED for count in counts_E]
 
     def take_factors(self) -> list[Factors]:
@@ -132,7 +133,7 @@ class _Offloaded(torch.autograd.Function):
             kept += [(first, down)] * keep
             if number + 1 < len(chunks):
                 bank.source.prefetch(bank.layer, chunks[number + 1][0])
-            group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device)
+            group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device, dispatch.layer)
             z = group.products(x_TD[dispatch.token_R[rows]], first.mT, None, z_RG[rows])
             if bank.kind in ("relu", "relu2"):
                 z.relu_()
@@ -160,7 +161,7 @@ class _Offloaded(torch.autograd.Function):
                 bank.source.prefetch(bank.layer, chunks[number - 1][0])
             elif bank.layer:  # the layer below is the next to want its experts
                 bank.source.prefetch(bank.layer - 1, bank.source.last[bank.layer - 1])
-            group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device)
+            group = Group(slice(0, len(experts)), slice(0, sum(counts)), counts, x_TD.device, dispatch.layer)
             z, weight_1, dy = z_RG[rows], weight_R1[rows], dy_RD[rows]
             a = z if kind == "relu" else activate(z, kind)
             da = group.products(dy, down)
@@ -174,7 +175,7 @@ class _Offloaded(torch.autograd.Function):
         if ctx.learn:
             experts = [expert for chosen, _, _ in chunks for expert in chosen]
             counts = [count for _, each, _ in chunks for count in each]
-            bank.factors.append(Factors(experts, counts, x_RD, dz_RG, a_RH, dy_RD))
+            bank.factors.append(Factors(experts, counts, dispatch.layer, x_RD, dz_RG, a_RH, dy_RD))
         dx_TD = dispatch.combine(dx_RD) if ctx.needs_input_grad[0] else None
         d_weight_TK = dispatch.weight_gradient(d_weight_R) if ctx.needs_input_grad[1] else None
         return dx_TD, d_weight_TK, None, None, None, None

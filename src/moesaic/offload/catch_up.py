@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+from moesaic.native.adamw import Scalars
 
 _NEGLIGIBLE = 1e-12  # what is left of a push that is not added any more
 _TERMS = 3  # within 5e-5 of the sum over any idle time, at 0.9 and 0.95 as at 0.9 and 0.999
@@ -131,26 +132,25 @@ def _few_terms(push: NDArray[np.float64], eps: NDArray[np.float64]) -> list[tupl
     return list(zip(weights.tolist(), places.tolist(), strict=True))
 
 
-def catch_up(p: Tensor, m: Tensor | None, v: Tensor | None, by: CatchUp) -> None:
-    """Apply in place; ``p``, ``m`` and ``v`` are float32 of one shape, ``m`` None for an expert that never
-    had a gradient."""
-    if by.keep != 1.0:
-        p.mul_(by.keep)
-    if m is not None and v is not None:
-        root = v.sqrt()
-        for push, eps in by.pushes:
-            p.addcdiv_(m, root + eps, value=-push)
-        m.mul_(by.first)
-        v.mul_(by.second)
+def scalars_of(by: CatchUp) -> Scalars:
+    """To catch up, and no step."""
+    return Scalars(by.keep, by.first, by.second, by.pushes)
 
 
-def update(
-    p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, constants: AdamW, rate: float, step: int
-) -> None:
-    """One step of AdamW in place, as PyTorch's; all float32 of one shape. ``step`` counts from 1."""
+def scalars_of_step(
+    by: CatchUp, constants: AdamW, rate: float, count: int, scale: float = 1.0, seed: int = 0
+) -> Scalars:
+    """To catch up, and then to make step number ``count`` (from 1) with ``scale`` times the gradient;
+    ``seed`` is that of the rounding of weights in bfloat16."""
     c = constants
-    p.mul_(1 - rate * c.weight_decay)
-    m.lerp_(gradient, 1 - c.beta1)
-    v.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
-    denominator = v.sqrt().div_(math.sqrt(1 - c.beta2**step)).add_(c.eps)
-    p.addcdiv_(m, denominator, value=-rate / (1 - c.beta1**step))
+    return Scalars(
+        *(by.keep, by.first, by.second, by.pushes),
+        decay=1 - rate * c.weight_decay,
+        beta1=c.beta1,
+        beta2=c.beta2,
+        eps=c.eps,
+        rate=rate / (1 - c.beta1**count),
+        root=math.sqrt(1 - c.beta2**count),
+        scale=scale,
+        seed=seed,
+    )

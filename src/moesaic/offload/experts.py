@@ -1,6 +1,5 @@
 """The experts of a model on disk: gathered as they are now, updated by AdamW after a step."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,7 +8,7 @@ import torch
 from moesaic.native.adamw import Scalars
 from moesaic.offload import adamw
 from moesaic.offload.bank import OffloadedExperts
-from moesaic.offload.catch_up import AdamW, History
+from moesaic.offload.catch_up import AdamW, History, scalars_of, scalars_of_step
 from moesaic.offload.factors import Factors, merged
 from moesaic.offload.pool import Pool
 from moesaic.offload.records import ExpertShape, Layout, Matrices
@@ -130,19 +129,9 @@ class DiskExperts(StreamedExperts):
         stamp, c = int(self.store.index.stamp[layer, expert]), self.history.constants
         exact = self.mode == "exact" and stamp > 0  # one that was never trained has no momentum, only decay
         by = self.history.since(stamp) if exact else self.history.decay_since(stamp)
-        missed = Scalars(by.keep, by.first, by.second, by.pushes)
         if now is None:
-            return missed
+            return scalars_of(by)
         rate, scale, step = now
         count = step if self.mode == "exact" else int(self.store.index.steps[layer, expert])
-        return Scalars(
-            *(by.keep, by.first, by.second, by.pushes),
-            decay=1 - rate * c.weight_decay,
-            beta1=c.beta1,
-            beta2=c.beta2,
-            eps=c.eps,
-            rate=rate / (1 - c.beta1**count),
-            root=math.sqrt(1 - c.beta2**count),
-            scale=scale,
-            seed=(step * 1_000_003 + layer) * self.store.options.experts + expert,
-        )
+        seed = (step * 1_000_003 + layer) * self.store.options.experts + expert
+        return scalars_of_step(by, c, rate, count, scale, seed)

@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from moesaic.model.dispatch import Layer
 from moesaic.model.grouped import Group
 from moesaic.native import grams, library
 from moesaic.offload.records import Matrices
@@ -27,6 +28,7 @@ class Factors:
 
     experts: list[int]
     counts: list[int]
+    layer: Layer  # of which these are all rows or some
     x_RD: Tensor
     dz_RG: Tensor
     a_RH: Tensor
@@ -36,7 +38,7 @@ class Factors:
         """Of the experts number ``start`` to ``end``."""
         first, last = sum(self.counts[:start]), sum(self.counts[:end])
         parts = (t[first:last] for t in (self.x_RD, self.dz_RG, self.a_RH, self.dy_RD))
-        return Factors(self.experts[start:end], self.counts[start:end], *parts)
+        return Factors(self.experts[start:end], self.counts[start:end], self.layer, *parts)
 
     def chunks(self, size: int) -> Iterator["Factors"]:
         """So many experts at a time."""
@@ -46,7 +48,8 @@ class Factors:
     def write_gradients(self, out: Matrices) -> None:
         """Write the gradients themselves into stacks of as many experts."""
         first, down = out
-        group = Group(slice(0, len(first)), slice(0, len(self.x_RD)), self.counts, self.x_RD.device)
+        rows = slice(0, len(self.x_RD))
+        group = Group(slice(0, len(first)), rows, self.counts, self.x_RD.device, self.layer)
         group.outer_products(self.dz_RG, self.x_RD, first)
         group.outer_products(self.dy_RD, self.a_RH, down)
 
@@ -83,4 +86,4 @@ def merged(parts: Sequence[Factors]) -> Factors:
     )
     counts = [sum(b - a for _, a, b in owned[expert]) for expert in experts]
     columns = zip(*((p.x_RD, p.dz_RG, p.a_RH, p.dy_RD) for p in parts), strict=True)
-    return Factors(experts, counts, *(torch.cat(column)[order] for column in columns))
+    return Factors(experts, counts, Layer.of(counts), *(torch.cat(column)[order] for column in columns))

@@ -1,18 +1,21 @@
 """``SparseExpertAdamW``: AdamW over stacks of experts, whose state exists only for experts that were active.
 
-Shape legend: E experts of a stack, N experts that have state.
+Shape legend: E experts of a stack, N experts that have state, U experts at work, P parameters of an expert.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moesaic.model.experts import Experts
-from moesaic.offload.catch_up import AdamW, History, catch_up, check_betas, update
+from moesaic.native.adamw import Scalars
+from moesaic.offload.adamw import update_rows
+from moesaic.offload.catch_up import AdamW, CatchUp, History, check_betas, scalars_of, scalars_of_step
 
 Mode = Literal["exact", "lazy"]
+_BYTES = 2**25  # of weights that are changed at a time
 
 
 class SparseExpertAdamW(torch.optim.Optimizer):
@@ -69,18 +72,16 @@ class SparseExpertAdamW(torch.optim.Optimizer):
         state = self.state.get(parameter)
         if not state:
             return  # no step yet
-        history, stamp_E, row_E = self._history(parameter), state["stamp"], state["row"]
-        lazy = self._group(parameter)["mode"] == "lazy"
-        for expert in experts:
-            stamp, row = int(stamp_E[expert]), int(row_E[expert])
-            if stamp == history.step:
-                continue
-            by = history.decay_since(stamp) if lazy else history.since(stamp)
-            m, v = (None, None) if row < 0 else (state["exp_avg"][row], state["exp_avg_sq"][row])
+        history, stamp_E = self._history(parameter), state["stamp"]
+        behind = [expert for expert in experts if int(stamp_E[expert]) != history.step]
+        never = [expert for expert in behind if int(state["row"][expert]) < 0]
+        begun = [expert for expert in behind if int(state["row"][expert]) >= 0]
+        for expert in never:  # which have no momentum, only decay
             # Past autograd's count of changes: a graph that was made before holds other experts of the stack,
             # or this one as it is, for nobody is brought forward twice in a step.
-            catch_up(parameter.data[expert], m, v, by)
-            stamp_E[expert] = history.step
+            parameter.data[expert].mul_(self._since(parameter, expert).keep)
+        self._update(parameter, begun, [scalars_of(self._since(parameter, expert)) for expert in begun])
+        stamp_E[behind] = history.step
 
     def catch_up_all(self) -> None:
         """Bring every expert of every stack to where dense AdamW would have it now."""
@@ -106,18 +107,45 @@ class SparseExpertAdamW(torch.optim.Optimizer):
         assert gradient is not None
         active = gradient.flatten(1).any(1).nonzero()[:, 0].tolist()
         self._begin(parameter)
-        self.use(parameter, active)
         state, history = self.state[parameter], self._history(parameter)
         constants = history.constants = _constants(group)
+        scalars = []
+        for expert in active:
+            row, by = self._row(parameter, expert), self._since(parameter, expert)
+            state["steps"][row] += 1
+            count = int(state["steps"][row]) if group["mode"] == "lazy" else history.step + 1
+            scalars.append(scalars_of_step(by, constants, group["lr"], count))
+        self._update(parameter, active, scalars, gradient)
         history.add(group["lr"])
         state["rates"] = torch.cat([state["rates"], torch.tensor([group["lr"]], dtype=torch.float64)])
-        for expert in active:
-            row = self._row(parameter, expert)
-            state["steps"][row] += 1
-            count = int(state["steps"][row]) if group["mode"] == "lazy" else history.step
-            m, v = state["exp_avg"][row], state["exp_avg_sq"][row]
-            update(parameter[expert], gradient[expert], m, v, constants, group["lr"], count)
-            state["stamp"][expert] = history.step
+        state["stamp"][active] = history.step
+
+    def _since(self, parameter: nn.Parameter, expert: int) -> CatchUp:
+        """What an expert missed."""
+        history, stamp = self._history(parameter), int(self.state[parameter]["stamp"][expert])
+        lazy = self._group(parameter)["mode"] == "lazy"
+        return history.decay_since(stamp) if lazy else history.since(stamp)
+
+    def _update(
+        self,
+        parameter: nn.Parameter,
+        experts: Sequence[int],
+        scalars: Sequence[Scalars],
+        gradient: Tensor | None = None,
+    ) -> None:
+        """Change weights and moments of experts that have any, some at a time."""
+        weights_EP, state = parameter.data.flatten(1), self.state[parameter]
+        moments = state["exp_avg"].flatten(1), state["exp_avg_sq"].flatten(1)
+        size = max(1, _BYTES // (weights_EP[0].numel() * weights_EP.element_size()))
+        for start in range(0, len(experts), size):
+            some = list(experts[start : start + size])
+            rows = state["row"][some]
+            p_UP, m_UP, v_UP = weights_EP[some], *(moment[rows] for moment in moments)
+            gradient_UP = torch.zeros_like(p_UP) if gradient is None else gradient.flatten(1)[some]
+            update_rows(p_UP, m_UP, v_UP, gradient_UP, scalars[start : start + size])
+            weights_EP[some] = p_UP
+            for moment, new in zip(moments, (m_UP, v_UP), strict=True):
+                moment[rows] = new
 
     def _begin(self, parameter: nn.Parameter) -> None:
         """State for no expert yet. ``stamp`` [E]: the step an expert is as of; ``row`` [E]: where its moments
@@ -160,13 +188,15 @@ class SparseExpertAdamW(torch.optim.Optimizer):
         return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's. PyTorch gives all floating-point state the parameter's dtype; the rates keep
-        theirs, and with them the sums that are made of them."""
-        rates = {key: state["rates"] for key, state in state_dict["state"].items() if "rates" in state}
+        """As any optimizer's. PyTorch gives all state the parameter's dtype; here only moments have it."""
+        kept = {
+            key: {name: value for name, value in state.items() if not name.startswith("exp_avg")}
+            for key, state in state_dict["state"].items()
+        }
         super().load_state_dict(state_dict)
         ordered = [p for group in self.param_groups for p in group["params"]]
-        for key, value in rates.items():
-            self.state[ordered[key]]["rates"] = value.double().clone()
+        for key, state in kept.items():
+            self.state[ordered[key]].update({name: value.clone() for name, value in state.items()})
         self._histories.clear()
 
 
