@@ -260,7 +260,9 @@ def two_writers(folder: Path, table: Table) -> None:
     table.row("a writer after the first has left", 0, *HERE.moesaic("store", "compact", str(run)))
 
     run = copied(folder, "busy")
-    endless = [*resume(folder, run), "train.steps=1000000"]
+    # Saved every few seconds: a reader has until its checkpoint makes room, after two more, to read what it
+    # wants; beside a run that saves ten times a second it may be told to open the run anew (exit 4).
+    endless = [*resume(folder, run), "train.steps=1000000", "checkpoint.every=100"]
     child = subprocess.Popen([*ENTRY, *endless], stderr=subprocess.PIPE, text=True)
     before, limit = (run / "latest").read_text(), time.monotonic() + 120
     while (run / "latest").read_text() == before and child.poll() is None and time.monotonic() < limit:

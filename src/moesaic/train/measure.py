@@ -90,7 +90,10 @@ def _experts_on_disk(experts: DiskExperts, recipe: Recipe, steps: int) -> int:
     hold of others than the present, by how many experts a step has changed so far."""
     store = experts.store
     total = store.layers * store.experts
-    changed = int(store.index.steps.sum()) / steps * min(recipe.checkpoint.every, recipe.train.steps)
+    between = min(recipe.checkpoint.every, recipe.train.steps)
+    if recipe.curriculum.order in ("fixed", "shuffled"):  # a stage's end is saved
+        between = min(between, recipe.curriculum.stage)
+    changed = int(store.index.steps.sum()) / steps * between
     return int(store.record * (total + (recipe.checkpoint.keep + 1) * min(total, changed)))
 
 

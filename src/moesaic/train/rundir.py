@@ -74,7 +74,8 @@ def check_room(path: Path, needed: int) -> None:
     if free_bytes(there) < needed:
         raise ResourceError(
             f"{path}: the run needs {human_size(needed)} and {there} has {human_size(free_bytes(there))} "
-            "free; make room, choose another out=DIR, or lower checkpoint.keep"
+            "free; make room, choose another out=DIR, or lower checkpoint.keep or, with experts on disk, "
+            "checkpoint.every"
         )
 
 
