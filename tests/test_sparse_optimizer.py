@@ -190,3 +190,16 @@ def test_three_terms_are_the_sum_over_all_idle_steps(betas: tuple[float, float],
         found = sum(push / (root + eps) for push, eps in by.pushes)
         assert found == pytest.approx(wanted, rel=1e-4)
     assert len(by.pushes) <= 3
+
+
+def test_a_transposed_stack_is_trained_like_any_other() -> None:
+    begun, gradient = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    plain, turned = nn.Parameter(begun.clone()), nn.Parameter(begun.mT.contiguous().mT)
+    assert not turned.is_contiguous()
+    for parameter in (plain, turned):
+        optimizer = SparseExpertAdamW([parameter])
+        for _ in range(3):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(plain, turned)
+    assert not torch.equal(plain, begun)

@@ -46,6 +46,7 @@ class Dispatch:
 
     @cached_property
     def layer(self) -> "Layer":
+        """All of these rows."""
         return Layer.of(self.counts_E, self.rows)
 
     def weight_R(self, weight_TK: Tensor) -> Tensor:

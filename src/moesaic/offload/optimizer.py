@@ -134,18 +134,19 @@ class SparseExpertAdamW(torch.optim.Optimizer):
         gradient: Tensor | None = None,
     ) -> None:
         """Change weights and moments of experts that have any, some at a time."""
-        weights_EP, state = parameter.data.flatten(1), self.state[parameter]
-        moments = state["exp_avg"].flatten(1), state["exp_avg_sq"].flatten(1)
-        size = max(1, _BYTES // (weights_EP[0].numel() * weights_EP.element_size()))
+        weights, state = parameter.data, self.state[parameter]
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        size = max(1, _BYTES // (weights[0].numel() * weights.element_size()))
         for start in range(0, len(experts), size):
             some = list(experts[start : start + size])
             rows = state["row"][some]
-            p_UP, m_UP, v_UP = weights_EP[some], *(moment[rows] for moment in moments)
-            gradient_UP = torch.zeros_like(p_UP) if gradient is None else gradient.flatten(1)[some]
+            p_UP, m_UP, v_UP = (t.flatten(1) for t in (weights[some], *(moment[rows] for moment in moments)))
+            gradient_UP = torch.zeros_like(p_UP) if gradient is None else gradient[some].flatten(1)
             update_rows(p_UP, m_UP, v_UP, gradient_UP, scalars[start : start + size])
-            weights_EP[some] = p_UP
+            # By index and not through a flat view, which of a transposed stack would be a copy.
+            weights[some] = p_UP.view(-1, *weights.shape[1:])
             for moment, new in zip(moments, (m_UP, v_UP), strict=True):
-                moment[rows] = new
+                moment[rows] = new.view(-1, *weights.shape[1:])
 
     def _begin(self, parameter: nn.Parameter) -> None:
         """State for no expert yet. ``stamp`` [E]: the step an expert is as of; ``row`` [E]: where its moments
